@@ -1,0 +1,138 @@
+"""`calibrate`: run batches through the float net, watch every input of a quantized layer, set the ranges."""
+import logging
+from contextlib import contextmanager
+from itertools import islice
+
+from mxnet import autograd, nd
+from mxnet.gluon import HybridBlock
+
+from . import observers
+from .layers import layers, named_blocks, quantizers
+from .registry import nearest
+
+_log = logging.getLogger(__name__)
+
+
+def calibrate(net, loader, batches=10, *, observer=None, table=None, forward=None):
+    """Set every range of a converted net from data.
+
+    The net runs unhybridized, in inference mode and without any quantization; what was hybridized is so again
+    afterwards. Ranges of weights (LSQ, QIL) are set from the present weights.
+
+    Parameters
+    ----------
+    net : Block, converted
+    loader : iterable of batches
+        Each a tensor, or a sequence or DataBatch whose first element is the tensor (labels are not used).
+    batches : int or None
+        How many to take; None = all. 100 to 1000 images in all are enough.
+    observer : str, optional
+        'minmax', 'ema', 'percentile', 'mse' or 'kl' for all inputs; None = each method's own choice.
+    table : dict, optional
+        {layer path: amax or (lo, hi)}: ranges known from elsewhere; these layers' data are not used.
+    forward : callable(net, batch), optional
+        How to run a batch, for nets with several inputs.
+
+    Returns
+    -------
+    dict
+        {quantizer path: (lo, hi)}, the range of each input quantizer that saw data.
+
+    Raises
+    ------
+    ValueError
+        No quantized layer, an empty loader, NaN or Inf in the data (the layer is named), an unknown observer or
+        table entry. The net is then as it was.
+    """
+    converted = layers(net)
+    if not converted:
+        raise ValueError(f'{type(net).__name__} has no quantized layer: call gq.convert(net) first')
+    if batches is not None and (isinstance(batches, bool) or not isinstance(batches, int) or batches < 1):
+        raise ValueError(f'batches={batches!r}: pass a number of batches >= 1, or None for all')
+    inputs = {path: quantizer for path, quantizer in quantizers(net, 'activation').items()
+              if quantizer.grid is not None}
+    watching = {path: quantizer.observer(observer) for path, quantizer in inputs.items()}
+    fixed = _from_table(table or {}, converted, inputs)
+    watching.update(fixed)
+
+    with _observing(net, {inputs[path]: (path, seen) for path, seen in watching.items()}, skip=fixed), \
+            autograd.pause(train_mode=False):
+        count = 0
+        for batch in islice(loader, batches):
+            count += 1
+            if forward is not None:
+                forward(net, batch)
+            else:
+                net(_tensor(batch, net))
+    if not count:
+        raise ValueError('the loader gave no batch: nothing to calibrate with')
+
+    unseen = [path for path, seen in watching.items() if not seen.count]
+    if unseen:
+        _log.warning('no data reached %s: still without a range', ', '.join(unseen))
+    values = [(inputs[path], inputs[path].initial(seen)) for path, seen in watching.items() if seen.count]
+    for layer in converted.values():
+        if layer.weight_quantizer.grid is not None:
+            values.append((layer.weight_quantizer, layer.weight_quantizer.initial(layer.weight.data())))
+    for quantizer, initial in values:
+        quantizer.write(**initial)
+    return {path: inputs[path].affine_bounds() for path, seen in watching.items() if seen.count}
+
+
+def _from_table(table, converted, inputs):
+    fixed = {}
+    for path, value in table.items():
+        if path not in converted:
+            raise ValueError(f'table names {path!r}, which is no quantized layer.{nearest(path, converted)}')
+        quantizer = converted[path].input_quantizer
+        known = [name for name, other in inputs.items() if other is quantizer]
+        if not known:
+            raise ValueError(f'table names {path!r}, whose input is not quantized')
+        low, high = value if isinstance(value, (tuple, list)) else (-value if quantizer.grid.signed else 0.0, value)
+        seen = observers.create('minmax')
+        seen.update(nd.array([low, high]))
+        fixed[known[0]] = seen
+    return fixed
+
+
+@contextmanager
+def _observing(net, watching, skip):
+    """Replace every quantizer by one that only looks; unhybridize; undo both on the way out."""
+    hybrid = [block for _, block in named_blocks(net) if isinstance(block, HybridBlock) and block._active]
+    everything = list(quantizers(net).values())
+    try:
+        for block in hybrid:
+            block._active = False
+        for quantizer in everything:
+            quantizer.forward = _look(*watching.get(quantizer, (None, None)), skip)
+        yield
+    finally:
+        for quantizer in everything:
+            del quantizer.forward
+        for block in hybrid:
+            block._active = True
+
+
+def _look(path, observer, skip):
+    """A forward that passes x on after showing it to the observer; symbols (shape inference) just pass."""
+    last = [None]
+
+    def forward(x):
+        if observer is not None and path not in skip and isinstance(x, nd.NDArray) and x is not last[0]:
+            last[0] = x     # layers that share the quantizer bring the same tensor
+            try:
+                observer.update(x)
+            except ValueError as error:
+                raise ValueError(f'{path}: {error}') from None
+        return x
+    return forward
+
+
+def _tensor(batch, net):
+    data = getattr(batch, 'data', batch) if not isinstance(batch, nd.NDArray) else batch
+    while isinstance(data, (list, tuple)):
+        data = data[0]
+    if not isinstance(data, nd.NDArray):
+        data = nd.array(data)
+    contexts = next((p.list_ctx() for p in net.collect_params().values() if p._data is not None), [data.context])
+    return data.as_in_context(contexts[0])

@@ -1,0 +1,151 @@
+"""`save` and `load`: parameters and plan in one file.
+
+The file is a NumPy archive (.npz, never pickled): every Parameter under its structural name, and ``plan``, JSON text
+with what `convert` decided for each layer. It is written beside its place and moved there when complete.
+"""
+import json
+import os
+import zipfile
+from contextlib import suppress
+
+import numpy as np
+from mxnet import nd
+
+from .config import PLAN_VERSION, LayerConfig
+from .convert import apply, clear_caches
+from .layers import layers, named_blocks, quantizers
+from .switches import batchnorms
+
+_PLAN = 'plan'
+_FLOAT_NAME = 'float_class'
+
+
+def save(net, path):
+    """Write the parameters, the state and the plan of a converted net to ``path``.
+
+    An existing file stays until the new one is complete.
+
+    Raises
+    ------
+    ValueError
+        The net is not converted, or some Parameter has no value yet (it is named).
+    """
+    converted = layers(net)
+    if not converted:
+        raise ValueError(f'{type(net).__name__} has no quantized layer: save it with net.save_parameters(path)')
+    arrays = {}
+    for name, parameter in net._collect_params_with_prefix().items():
+        if parameter._data is None and not hasattr(parameter, 'prepare'):
+            raise ValueError(f'Parameter {name!r} has no value yet: run one batch through the net before saving')
+        arrays[name] = parameter._reduce().asnumpy()
+    frozen = [name for name, block in batchnorms(net).items() if block._kwargs['use_global_stats']]
+    plan = {'version': PLAN_VERSION, 'frozen_batchnorm': frozen,
+            'layers': {name: {_FLOAT_NAME: layer.float_class.__name__, **layer.config.to_dict()}
+                       for name, layer in converted.items()}}
+    unfinished = f'{path}.part{os.getpid()}'
+    try:
+        with open(unfinished, 'wb') as file:
+            np.savez(file, **{_PLAN: np.array(json.dumps(plan))}, **{f'p:{name}': a for name, a in arrays.items()})
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(unfinished)
+
+
+def load(path, net, ctx=None):
+    """Read what `save` wrote into ``net`` and return it.
+
+    Parameters
+    ----------
+    path : str
+    net : Block
+        The same architecture, float (it is converted as the file says; nothing else needs to be told) or already
+        converted in the same way.
+    ctx : Context or list of Context, optional
+        Where to put Parameters that have no value yet; default cpu.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged, not one of ours, or made from another net: the first difference is named. The net is
+        then as it was.
+    """
+    plan, arrays = _read(path)
+    frozen = plan['frozen_batchnorm']
+    configs = {name: LayerConfig.from_dict({key: value for key, value in values.items() if key != _FLOAT_NAME})
+               for name, values in plan['layers'].items()}
+    converted = layers(net)
+    _check_layers(path, net, plan['layers'], configs, converted)
+    if not converted:
+        apply(net, configs)
+    try:
+        _check_parameters(path, net, arrays)
+    except ValueError:
+        if not converted:
+            for layer in layers(net).values():
+                layer.to_float()
+            clear_caches(net)
+        raise
+    for name, parameter in net._collect_params_with_prefix().items():
+        if parameter._data is None and not parameter._deferred_init:
+            parameter._load_init(nd.array(arrays[name], dtype=arrays[name].dtype), ctx)
+        else:
+            parameter._load_init(nd.array(arrays[name], dtype=arrays[name].dtype), None)
+    for name, block in batchnorms(net).items():
+        block._kwargs['use_global_stats'] = name in frozen
+    for quantizer in quantizers(net).values():
+        if getattr(quantizer, 'tracks', False) and quantizer.value('frozen')[0]:
+            quantizer._set_frozen(True)
+    clear_caches(net)
+    return net
+
+
+def _read(path):
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if _PLAN not in archive:
+                raise ValueError(f'{path}: no plan inside, so this is not a file of gq.save')
+            plan = json.loads(str(archive[_PLAN]))
+            arrays = {name[2:]: archive[name] for name in archive.files if name.startswith('p:')}
+    except (zipfile.BadZipFile, EOFError, OSError, KeyError, ValueError, TypeError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        reason = str(error)
+        raise ValueError(reason if reason.startswith(f'{path}:') else
+                         f'{path}: not a complete file of gq.save ({reason})') from None
+    if plan.get('version') != PLAN_VERSION:
+        raise ValueError(f'{path}: plan version {plan.get("version")}, this library reads {PLAN_VERSION}')
+    return plan, arrays
+
+
+def _check_layers(path, net, planned, configs, converted):
+    blocks = dict(named_blocks(net))
+    for name, values in planned.items():
+        found = type(blocks[name]).__name__ if name in blocks else 'nothing'
+        if name in converted:
+            found = converted[name].float_class.__name__
+            if converted[name].config != configs[name]:
+                raise ValueError(f'{path}: layer {name!r} was saved as {configs[name]}, the net has '
+                                 f'{converted[name].config}. Load into a float net')
+        if found != values[_FLOAT_NAME]:
+            raise ValueError(f'{path}: layer {name!r} is a {values[_FLOAT_NAME]} in the file, but {found} in the net')
+    extra = [name for name in converted if name not in planned]
+    if extra:
+        raise ValueError(f'{path}: layer {extra[0]!r} is quantized in the net, but float in the file')
+
+
+def _check_parameters(path, net, arrays):
+    expected = net._collect_params_with_prefix()
+    for name in [*expected, *arrays]:
+        if name not in arrays:
+            raise ValueError(f'{path}: Parameter {name!r} of the net is missing in the file')
+        if name not in expected:
+            raise ValueError(f'{path}: Parameter {name!r} of the file is missing in the net')
+        shape, saved = expected[name].shape, arrays[name].shape
+        if len(shape) != len(saved) or any(mine not in (0, -1, theirs) for mine, theirs in zip(shape, saved)):
+            raise ValueError(f'{path}: Parameter {name!r} has shape {saved} in the file, but {shape} in the net')
+        if np.dtype(expected[name].dtype) != arrays[name].dtype:
+            raise ValueError(f'{path}: Parameter {name!r} is {arrays[name].dtype} in the file, but '
+                             f'{np.dtype(expected[name].dtype)} in the net; cast the net first')

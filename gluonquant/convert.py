@@ -1,0 +1,263 @@
+"""`convert`: decide for every layer of a net how it is quantized, then change the net in place."""
+from dataclasses import replace
+
+from mxnet.gluon import Block, HybridBlock
+
+from . import quantizers
+from .config import LayerConfig, QuantizerSpec, Rule, matches
+from .grid import check_bits
+from .layers import LAYERS, QuantizedLayer, named_blocks
+from .registry import nearest
+from .trace import Reading, trace
+
+# method -> (weights, activations) and the options that suit pre-trained nets
+PRESETS = {
+    'int8': (('int8', {}), ('int8', {})),
+    'fqn': (('fqn', {}), ('fqn', {})),
+    'pact': (('sawb', {}), ('pact', {})),
+    'dorefa': (('dorefa', {'rescale': 'max'}), ('dorefa', {})),
+    'qil': (('qil', {}), ('qil', {})),
+    'gdrq': (('gdrq', {}), ('gdrq', {'ktimes': 4.0, 'lam': 0.01})),
+    'lsq': (('lsq', {}), ('lsq', {})),
+}
+DEFAULT_METHOD = 'lsq'
+_CONVERTER_OPTIONS = {'dorefa': {'rescale': 'max'}}
+_SIGNED_FALLBACK = 'int8'       # for inputs below zero, where the method is for ReLU outputs only
+
+
+def convert(net, bits=4, *, method=None, weight=None, activation=None, weight_bits=None, activation_bits=None,
+            first_last_bits=8, exclude=(), rules=(), per_channel=None, signed=None, weight_options=None,
+            activation_options=None, gradient_bits=None):
+    """Quantize the layers of ``net`` in place: Conv1D/2D/3D, Conv2DTranspose and Dense.
+
+    Load float weights before or after (then with ``allow_missing=True``); calibrate; hybridize; train.
+
+    Parameters
+    ----------
+    net : Block
+    bits : int
+        For weights and activations, unless ``weight_bits`` or ``activation_bits`` say otherwise.
+    method : str, optional
+        A preset for both roles: 'int8', 'fqn', 'pact' (SAWB weights), 'dorefa', 'qil', 'gdrq', 'lsq' (default).
+    weight, activation : str, optional
+        Methods of one role, from ``quantizers.available(role)``; they override the preset.
+    first_last_bits : int or None
+        The first layer and the last Dense (the last layer, in a net without Dense) use these bits with method int8
+        (fqn stays fqn); None leaves them float.
+    exclude : sequence of str
+        Path patterns of layers that stay float.
+    rules : sequence of Rule or dict
+        Other settings by path pattern; applied in order after everything else, later ones win.
+    per_channel : bool, optional
+        One weight scale per output channel; None = the methods' usual choice.
+    signed : bool, optional
+        None: unsigned grids where the input is provably never negative (behind a ReLU), signed elsewhere.
+        True: signed everywhere, as TensorRT wants it.
+    weight_options, activation_options : dict, optional
+        Options of the methods, as for `quantizers.create`.
+    gradient_bits : int, optional
+        Quantize output gradients too (DoReFa).
+
+    Returns
+    -------
+    net
+
+    Raises
+    ------
+    ValueError
+        Bits or options a layer's method does not support, a pattern that matches nothing, no layer to convert.
+    RuntimeError
+        The net is already converted, or hybridized and has already run.
+    TypeError
+        ``net`` is not a Block.
+
+    A failed call leaves the net as it was.
+    """
+    _check_net(net)
+    check_bits(bits)
+    floats = _float_layers(net)
+    base = _base_config(bits, method, (weight, weight_bits, weight_options), (activation, activation_bits,
+                        activation_options), per_channel, signed, gradient_bits)
+    rules = [rule if isinstance(rule, Rule) else Rule(**rule) for rule in rules]
+    for pattern in [*exclude, *(rule.pattern for rule in rules)]:
+        if not any(matches(pattern, path) for path in floats):
+            raise ValueError(f'pattern {pattern!r} matches no layer.{nearest(pattern, floats)} '
+                             f'Layers: {_shortened(list(floats))}')
+    readings = _readings(net, floats)
+    plan = {}
+    ends = _first_and_last(floats, readings)
+    for path, layer in floats.items():
+        if any(matches(pattern, path) for pattern in exclude):
+            continue
+        config = base
+        if path in ends:
+            if first_last_bits is None:
+                continue
+            config = _end_config(base, check_bits(first_last_bits, 'first_last_bits'))
+        for rule in rules:
+            if rule.matches(path):
+                config = rule.apply(config)
+        plan[path] = _settle(config, layer, readings[path])
+    if not plan:
+        raise ValueError('exclude and first_last_bits=None leave no layer to quantize')
+    return apply(net, _share_inputs(plan, readings))
+
+
+def apply(net, plan):
+    """Change ``net`` as ``plan`` says: {path: LayerConfig}. Everything is built before anything changes."""
+    blocks = dict(named_blocks(net))
+    built, inputs, taken = {}, {}, set()
+    for path in sorted(plan, key=lambda path: plan[path].shares_input_with is not None):    # owners first
+        layer, config = blocks[path], plan[path]
+        try:
+            weight_quantizer, input_quantizer = _build(layer, config, taken)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f'layer {path!r} ({_describe(layer)}): {error}. Change it by a rule for this layer, or '
+                              f'keep it float with exclude=[{path!r}]') from None
+        if config.shares_input_with is not None:
+            input_quantizer = inputs[config.shares_input_with]
+            input_quantizer.consumers += 1
+        else:
+            input_quantizer.where = f'{path}.input_quantizer'
+        weight_quantizer.where = f'{path}.weight_quantizer'
+        inputs[path] = input_quantizer
+        built[path] = weight_quantizer, input_quantizer
+    for path, (weight_quantizer, input_quantizer) in built.items():
+        layer = blocks[path]
+        weight_quantizer.nested = input_quantizer.nested = True
+        LAYERS[type(layer)].from_float(layer, plan[path], weight_quantizer, input_quantizer)
+    clear_caches(net)
+    return net
+
+
+def clear_caches(net):
+    """Forget traced graphs, so that the next call traces the net as it is now."""
+    for _, block in named_blocks(net):
+        if isinstance(block, HybridBlock):
+            block._clear_cached_op()
+
+
+def _check_net(net):
+    if not isinstance(net, Block):
+        raise TypeError(f'net is a {type(net).__name__}, not a gluon Block')
+    for path, block in named_blocks(net):
+        if isinstance(block, QuantizedLayer):
+            raise RuntimeError(f'the net is already converted: {path!r} is a {type(block).__name__}. '
+                               'Convert a fresh float net instead')
+        if isinstance(block, HybridBlock) and block._cached_op is not None:
+            raise RuntimeError(f'{path or "the net"!r} ({type(block).__name__}) is hybridized and has already run, '
+                               'so its graph is fixed. Call net.hybridize(False), convert, then hybridize again')
+
+
+def _float_layers(net):
+    found = {path: block for path, block in named_blocks(net) if type(block) in LAYERS}
+    if not found:
+        known = ', '.join(sorted(cls.__name__ for cls in LAYERS))
+        raise ValueError(f'{type(net).__name__} has no layer to quantize: none of its blocks is one of {known}')
+    for path, layer in found.items():
+        layout = getattr(layer, '_kwargs', {}).get('layout', 'NC')
+        if not layout.startswith('NC'):
+            raise ValueError(f'layer {path!r} ({_describe(layer)}) has layout {layout}; only channel-first layouts '
+                             '(NCW, NCHW, NCDHW) are supported')
+    return found
+
+
+def _base_config(bits, method, weight, activation, per_channel, signed, gradient_bits):
+    if method is not None and method not in PRESETS:
+        raise ValueError(f'unknown method {method!r}.{nearest(method, PRESETS)} Known methods: '
+                         f'{", ".join(sorted(PRESETS))}')
+    if gradient_bits is not None:
+        check_bits(gradient_bits, 'gradient_bits')
+    specs = []
+    for role, (name, own_bits, options), preset in zip(('weight', 'activation'), (weight, activation),
+                                                       PRESETS[method or DEFAULT_METHOD]):
+        if name is None:
+            name, defaults = preset
+        else:
+            defaults = _CONVERTER_OPTIONS.get(name, {}) if role == 'weight' else {}
+        quantizers.find(name, role)
+        own_bits = bits if own_bits is None else check_bits(own_bits, f'{role}_bits')
+        specs.append(QuantizerSpec(name, own_bits, options={**defaults, **(options or {})}))
+    return LayerConfig(replace(specs[0], per_channel=per_channel), replace(specs[1], signed=signed), gradient_bits)
+
+
+def _end_config(base, bits):
+    """First and last layers: method int8, but affine methods and float tensors stay what they are."""
+    def end(spec):
+        if spec.method in ('fqn', 'affine', 'none', 'int8'):
+            return replace(spec, bits=bits)
+        return replace(spec, method='int8', bits=bits, options={})
+    return replace(base, weight=end(base.weight), activation=end(base.activation))
+
+
+def _readings(net, floats):
+    """{path: Reading}; where the net cannot be traced, in order of registration, with inputs of unknown sign."""
+    traced = trace(net)
+    unknown = len(traced)
+    return {path: traced.get(layer.weight.name, Reading(unknown + place, None, False))
+            for place, (path, layer) in enumerate(floats.items())}
+
+
+def _first_and_last(floats, readings):
+    ordered = sorted(floats, key=lambda path: readings[path].order)
+    dense = [path for path in ordered if type(floats[path]).__name__ == 'Dense']
+    return {ordered[0], (dense or ordered)[-1]}
+
+
+def _settle(config, layer, reading):
+    """Fill in what depends on the layer: sign of the input, granularity of the weight."""
+    activation, weight = config.activation, config.weight
+    if activation.signed is None and activation.method != 'none':
+        signed = not reading.nonnegative
+        if signed and not quantizers.find(activation.method, 'activation').signed_supported:
+            activation = replace(activation, method=_SIGNED_FALLBACK, options={})
+        activation = replace(activation, signed=signed)
+    if not LAYERS[type(layer)].per_channel_supported(layer):
+        weight = replace(weight, per_channel=False)
+    return replace(config, activation=activation, weight=weight)
+
+
+def _share_inputs(plan, readings):
+    """Layers that read one tensor with equal settings use the quantizer of the first of them."""
+    owners, shared = {}, {}
+    for path in sorted(plan, key=lambda path: readings[path].order):
+        config, tensor = plan[path], readings[path].tensor
+        if tensor is not None and config.activation.method != 'none':
+            owner = owners.setdefault((tensor, repr(config.activation)), path)
+            if owner != path:
+                config = replace(config, shares_input_with=owner)
+        shared[path] = config
+    return shared
+
+
+def _build(layer, config, taken):
+    """The two quantizers of one layer. Names of Parameters follow the layer's, numbered where that name is taken."""
+    prefix, number = layer.prefix, 0
+    while prefix in taken:
+        number += 1
+        prefix = f'{layer.prefix}{number}_'
+    taken.add(prefix)
+    made = []
+    for role, spec in (('weight', config.weight), ('activation', config.activation)):
+        options = dict(spec.options)
+        if role == 'weight':
+            options['channels'] = layer._channels if hasattr(layer, '_channels') else layer._units
+        quantizer = quantizers.create(
+            spec.method, spec.bits, role=role, signed=spec.signed, per_channel=spec.per_channel,
+            axis=LAYERS[type(layer)].weight_axis if role == 'weight' else 0,
+            prefix=f'{prefix}{"weight" if role == "weight" else "input"}_quantizer_', **options)
+        made.append(quantizer)
+    return made
+
+
+def _describe(layer):
+    kind = type(layer).__name__
+    shape = layer.weight.shape
+    if shape is None or not all(shape):
+        return kind
+    return f'{kind} {shape[1] * getattr(layer, "_kwargs", {}).get("num_group", 1)} -> {shape[0]}'
+
+
+def _shortened(names, most=8):
+    text = ', '.join(map(repr, names[:most]))
+    return text if len(names) <= most else f'{text} and {len(names) - most} more'

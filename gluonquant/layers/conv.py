@@ -1,0 +1,30 @@
+"""Quantized convolutions."""
+from mxnet.gluon import nn
+
+from .base import QuantizedLayer, quantizes
+
+
+@quantizes(nn.Conv1D)
+class QConv1D(QuantizedLayer, nn.Conv1D):
+    """`nn.Conv1D` with quantized input and weight."""
+
+
+@quantizes(nn.Conv2D)
+class QConv2D(QuantizedLayer, nn.Conv2D):
+    """`nn.Conv2D` with quantized input and weight, grouped and depthwise too."""
+
+
+@quantizes(nn.Conv3D)
+class QConv3D(QuantizedLayer, nn.Conv3D):
+    """`nn.Conv3D` with quantized input and weight."""
+
+
+@quantizes(nn.Conv2DTranspose)
+class QConv2DTranspose(QuantizedLayer, nn.Conv2DTranspose):
+    """`nn.Conv2DTranspose` with quantized input and weight; the weight's output channels are axis 1."""
+    weight_axis = 1
+
+    @classmethod
+    def per_channel_supported(cls, layer):
+        # With groups, axis 1 counts the channels of one group and several output channels share an index.
+        return layer._kwargs['num_group'] == 1

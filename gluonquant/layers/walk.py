@@ -1,0 +1,33 @@
+"""Finding blocks in a net by their path."""
+from .base import QuantizedLayer
+
+
+def named_blocks(net):
+    """Yield (path, block) of ``net`` and everything below it; a block that stands in several places once."""
+    seen = set()
+
+    def walk(path, block):
+        if id(block) in seen:
+            return
+        seen.add(id(block))
+        yield path, block
+        for name, child in block._children.items():
+            yield from walk(f'{path}.{name}' if path else name, child)
+    yield from walk('', net)
+
+
+def layers(net):
+    """{path: layer} of the quantized layers of ``net``."""
+    return {path: block for path, block in named_blocks(net) if isinstance(block, QuantizedLayer)}
+
+
+def quantizers(net, role=None):
+    """{path: quantizer} of ``net``, one entry for a shared one; ``role``: 'weight' or 'activation' only."""
+    found, seen = {}, set()
+    for path, layer in layers(net).items():
+        for name in ('weight_quantizer', 'input_quantizer'):
+            quantizer = getattr(layer, name)
+            if id(quantizer) not in seen and role in (None, quantizer.role):
+                seen.add(id(quantizer))
+                found[f'{path}.{name}' if path else name] = quantizer
+    return found

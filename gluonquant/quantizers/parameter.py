@@ -1,0 +1,72 @@
+"""A Gluon Parameter that keeps itself usable between optimizer steps."""
+from mxnet import autograd, gluon, nd
+
+
+class QuantizerParameter(gluon.Parameter):
+    """A range, step or counter of a quantizer.
+
+    Gluon asks a Parameter for its array at every forward pass, hybridized or not, and a Trainer asks before every
+    update. Three things happen there that plain Parameters leave to the user's training loop:
+
+    * a Parameter that nobody initialized takes its default (quantizers enter a net after ``net.initialize()``);
+    * the value is projected to its bounds, so that no optimizer step makes a range zero or negative;
+    * ``on_use`` is called, which is how an uncalibrated quantizer speaks up inside a hybridized net.
+
+    Parameters
+    ----------
+    lower : float or (Parameter, float), optional
+        Lower bound: a number, or another Parameter times a factor.
+    upper : float, optional
+        Upper bound.
+    like : Parameter, optional
+        Its contexts are taken when this Parameter initializes itself.
+    """
+
+    def __init__(self, name, lower=None, upper=None, like=None, **kwargs):
+        super().__init__(name, allow_deferred_init=True, **kwargs)
+        self.lower = lower
+        self.upper = upper
+        self.like = like
+        self.trainable = self.grad_req != 'null'    # by design; freezing sets grad_req to 'null' for a while
+        self.on_use = None
+
+    def data(self, ctx=None):
+        self.prepare()
+        if self.on_use is not None:
+            self.on_use()
+        return super().data(ctx)
+
+    def list_data(self):
+        self.prepare()
+        return super().list_data()
+
+    def list_ctx(self):
+        self.prepare()
+        return super().list_ctx()
+
+    def _reduce(self):
+        # Saving reads the value without using it.
+        on_use, self.on_use = self.on_use, None
+        try:
+            return super()._reduce()
+        finally:
+            self.on_use = on_use
+
+    def prepare(self):
+        """Initialize if nobody did, and project to the lower bound."""
+        if self._data is None:
+            if not self._deferred_init:
+                initialized = self.like is not None and self.like._data is not None
+                self.initialize(ctx=self.like.list_ctx() if initialized else None)
+        elif self.lower is not None:
+            with autograd.pause():
+                for array in self._data:
+                    array[:] = nd.maximum(array, self._bound(array.context))
+                    if self.upper is not None:
+                        array[:] = nd.minimum(array, self.upper)
+
+    def _bound(self, ctx):
+        if isinstance(self.lower, tuple):
+            parameter, factor = self.lower
+            return parameter.data(ctx) * factor
+        return self.lower

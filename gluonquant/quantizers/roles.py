@@ -1,0 +1,175 @@
+"""The two places of a quantizer: in front of a weight, in front of a layer's input."""
+import numpy as np
+from mxnet import nd
+
+from .. import functional as Q
+from .. import observers
+from .base import OFF, Quantizer
+
+
+class WeightQuantizer(Quantizer):
+    """A quantizer of weights: one scale for the tensor, per output channel, or per group of channels.
+
+    Parameters
+    ----------
+    bits : int
+    grid : Grid
+    per_channel : bool
+        One scale for each index of ``axis``.
+    axis : int
+        The output channels: 0 for Conv and Dense weights, 1 for transposed convolutions.
+    channels : int
+        Length of ``axis``; 0 = taken from the first weight seen.
+    group_size : int
+        How many channels share a scale when ``per_channel``.
+    """
+    role = 'weight'
+    per_channel_default = False
+    tracks = True
+    holds = True                # the scale follows the weight, so freezing must remember it
+    has_zero_point = False
+
+    def __init__(self, bits, grid, signed=None, per_channel=None, axis=0, channels=0, group_size=1, **kwargs):
+        super().__init__(bits, grid, **kwargs)
+        if signed is not None and not signed:
+            raise ValueError(f'signed=False: {type(self).__name__} quantizes weights, which have both signs')
+        if axis not in (0, 1):
+            raise ValueError(f'axis={axis!r}: output channels are axis 0, or 1 for transposed convolutions')
+        self.per_channel = self.per_channel_default if per_channel is None else bool(per_channel)
+        self.axis = axis
+        self.group_size = group_size
+        if channels % group_size:
+            raise ValueError(f'group_size={group_size} does not divide the {channels} output channels of {self.where}')
+        if self.holds:
+            with self.name_scope():
+                self.held_scale = self.state('held_scale', shape=self.scale_shape(channels))
+                if self.has_zero_point:
+                    self.held_zero = self.state('held_zero', shape=self.scale_shape(channels))
+
+    def scale_shape(self, channels):
+        """Shape of a Parameter with one value per row; (0,) while the number of channels is unknown."""
+        return (channels // self.group_size,) if self.per_channel else (1,)
+
+    def infer_shape(self, x):
+        shape = self.scale_shape(x.shape[self.axis])
+        for parameter in self._reg_params.values():
+            if parameter.shape == (0,):
+                parameter.shape = shape
+
+    def rows(self, F, x):
+        if not self.per_channel:
+            return F.reshape(x, shape=(1, -1))
+        rows = F.reshape(x if self.axis == 0 else F.swapaxes(x, 0, 1), shape=(0, -1))
+        if self.group_size > 1:
+            rows = F.reshape(F.reshape(rows, shape=(-4, -1, self.group_size, -2)), shape=(0, -1))
+        return rows
+
+    def unrows(self, F, rows, x):
+        # Adding zeros of x lets MXNet infer the weight's shape backwards, which no reshape does.
+        if not self.per_channel or self.axis == 0:
+            return F.reshape_like(rows, x) + F.zeros_like(x)
+        return F.swapaxes(F.reshape_like(rows, F.swapaxes(x, 0, 1)), 0, 1) + F.zeros_like(x)
+
+    def per_axis(self, values):
+        return np.repeat(values, self.group_size) if self.per_channel else values
+
+    def hold(self, F, scale, zero_point, fixed):
+        if not self.holds:
+            return scale, zero_point
+        scale = Q.choose(F, fixed['frozen'], F.reshape(fixed['held_scale'], shape=(-1, 1)), scale)
+        if zero_point is not None:
+            zero_point = Q.choose(F, fixed['frozen'], F.reshape(fixed['held_zero'], shape=(-1, 1)), zero_point)
+        return scale, zero_point
+
+    def freeze(self, x=None):
+        """Keep the scale of the present weight (``x``, or the layer's own) although the weight goes on changing."""
+        if self.holds and self.value('frozen')[0] == 0:
+            scale, zero_point = self._levels(self._weight(x))
+            self.write(held_scale=scale)
+            if self.has_zero_point:
+                self.write(held_zero=zero_point)
+        self._set_frozen(True)
+
+    def _weight(self, x):
+        if x is None and self.source() is not None:
+            x = self.source().data()
+        if x is None and self.holds:
+            raise RuntimeError(f'the scale of {self.where} ({type(self).__name__}) follows the weight: pass the weight')
+        return x
+
+    def row_values(self, x):
+        """The weight as a float64 array (R, K), for initial values."""
+        x = x if isinstance(x, nd.NDArray) else nd.array(x)
+        return self.rows(nd, x.astype('float32')).asnumpy().astype('float64')
+
+
+class ActivationQuantizer(Quantizer):
+    """A quantizer of activations: one scale for the tensor, known before the tensor is.
+
+    Parameters
+    ----------
+    bits : int
+    grid : Grid
+    delay_quant : int
+        The first ``delay_quant`` training passes leave x as it is and only collect statistics; so does inference
+        until they are over. Counted in the saved state ``steps``.
+    """
+    role = 'activation'
+    signed_supported = True
+    default_observer = 'minmax'
+    observer_options = {}
+
+    def __init__(self, bits, grid, per_channel=None, axis=0, channels=0, delay_quant=0, **kwargs):
+        super().__init__(bits, grid, **kwargs)
+        if per_channel:
+            raise ValueError(f'per_channel=True: {type(self).__name__} quantizes activations, which have one scale '
+                             'per tensor; per-channel input scales do not factor out of a convolution')
+        if isinstance(delay_quant, bool) or not isinstance(delay_quant, int) or delay_quant < 0:
+            raise ValueError(f'delay_quant={delay_quant!r}: pass a number of training steps >= 0')
+        self.delay_quant = delay_quant
+        if delay_quant:
+            with self.name_scope():
+                self.steps = self.state('steps')
+
+    def advance(self, F, rows, mode, params, fixed):
+        if not self.tracks and not self.delay_quant:
+            return {}
+        learning = Q.is_training(F) * (mode > OFF)
+        if self.tracks:
+            learning = learning * (1 - fixed['frozen'])
+        changed = self.track(F, rows, learning, params, fixed)
+        if self.delay_quant:
+            changed['steps'] = Q.assign(F, params['steps'], fixed['steps'] + learning)
+            changed['past_delay'] = changed['steps'] - learning >= self.delay_quant
+        return changed
+
+    def track(self, F, rows, learning, params, fixed):
+        """New values of the statistics, written where ``learning`` is 1: {} for learned ranges."""
+        return {}
+
+    def ready(self, F, fixed):
+        ready = super().ready(F, fixed)
+        return ready * fixed['past_delay'] if self.delay_quant else ready
+
+    def affine_bounds(self):
+        """(lowest, highest) representable value."""
+        scale, zero_point = (values[0] for values in self._levels(None))
+        return float(scale * (self.grid.qmin - zero_point)), float(scale * (self.grid.qmax - zero_point))
+
+    def observer(self, name=None):
+        """A new observer of the kind this method is calibrated with by default, or of the named kind."""
+        if name is None:
+            made = observers.create(self.default_observer, **self.observer_options)
+        else:
+            made = observers.create(name)
+        made.chosen = name is not None
+        return made
+
+    def seen(self, x):
+        """``x`` as an Observer that has seen it."""
+        if isinstance(x, observers.Observer):
+            return x
+        observer = self.observer()
+        observer.update(x)
+        return observer
+

@@ -1,0 +1,91 @@
+"""`summary`: one row for each layer that is, or could be, quantized."""
+import math
+from dataclasses import astuple, dataclass, fields
+from typing import Optional, Tuple
+
+from .layers import LAYERS, QuantizedLayer, named_blocks
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer. Sizes are those of the weight, in bytes: float32, and packed codes with float32 scales.
+
+    ``input`` and ``weight`` read like ``lsq 4u``: method, bits, and u for unsigned, s for signed codes.
+    """
+    name: str
+    type: str
+    shape: Optional[Tuple[int, ...]]
+    input: str
+    weight: str
+    calibrated: str
+    float_bytes: int
+    quantized_bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The rows of a net; ``print`` it, or take ``rows``, ``float_bytes`` and ``quantized_bytes``."""
+    rows: Tuple[Row, ...]
+
+    @property
+    def float_bytes(self):
+        """Bytes of all listed weights in float32."""
+        return sum(row.float_bytes for row in self.rows)
+
+    @property
+    def quantized_bytes(self):
+        """Bytes of all listed weights as they are quantized; float layers count in full."""
+        return sum(row.quantized_bytes for row in self.rows)
+
+    def __str__(self):
+        table = [[field.name.replace('_', ' ') for field in fields(Row)]]
+        table += [['' if value is None else 'x'.join(map(str, value)) if isinstance(value, tuple) else str(value)
+                   for value in astuple(row)] for row in self.rows]
+        table.append(['total', '', '', '', '', '', str(self.float_bytes), str(self.quantized_bytes)])
+        widths = [max(map(len, column)) for column in zip(*table)]
+        lines = ['  '.join(cell.rjust(width) if place > 5 else cell.ljust(width)
+                           for place, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in table]
+        rule = '-' * max(map(len, lines))
+        return '\n'.join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def summary(net):
+    """Describe the layers of ``net``, quantized or float.
+
+    Parameters
+    ----------
+    net : Block
+
+    Returns
+    -------
+    Summary
+    """
+    return Summary(tuple(_row(path, block) for path, block in named_blocks(net)
+                         if isinstance(block, QuantizedLayer) or type(block) in LAYERS))
+
+
+def _row(path, layer):
+    shape = layer.weight.shape if layer.weight.shape and all(layer.weight.shape) else None
+    size = 4 * math.prod(shape) if shape else 0
+    if not isinstance(layer, QuantizedLayer):
+        return Row(path, type(layer).__name__, shape, 'float', 'float', '', size, size)
+    shared = layer.config.shares_input_with
+    source = _describe(layer.input_quantizer) + (f' of {shared}' if shared else '')
+    parts = [layer.input_quantizer, layer.weight_quantizer]
+    calibrated = 'yes' if all(part.calibrated for part in parts) else 'no'
+    return Row(path, type(layer).__name__, shape, source, _describe(layer.weight_quantizer), calibrated, size,
+               _packed(layer.weight_quantizer, shape, size))
+
+
+def _describe(quantizer):
+    grid = quantizer.grid
+    if grid is None:
+        return 'float'
+    return f'{quantizer.method} {grid.bits}{"s" if grid.signed else "u"}'
+
+
+def _packed(quantizer, shape, size):
+    if quantizer.grid is None or shape is None:
+        return size
+    scales = quantizer.scale_shape(shape[quantizer.axis])[0]
+    return math.ceil(math.prod(shape) * quantizer.grid.bits / 8) + 4 * scales

@@ -1,0 +1,80 @@
+"""What the traced symbol tells about a net's layers: their order, what they read, whether it can be negative."""
+import json
+from collections import namedtuple
+
+import mxnet as mx
+
+Reading = namedtuple('Reading', 'order tensor nonnegative')
+Reading.__doc__ = """One layer's place in the graph.
+
+order : int, position in topological order.   tensor : what it reads, comparable; None if several or unknown.
+nonnegative : bool, whether everything it reads is provably >= 0."""
+
+_LAYERS = ('Convolution', 'Deconvolution', 'FullyConnected')
+# Never negative, whatever goes in.
+_POSITIVE = {'relu', 'sigmoid', 'softmax', 'abs', 'square', 'exp', 'sqrt', 'hard_sigmoid', 'ones_like', 'zeros_like',
+             '_ones', '_zeros', 'softmax_cross_entropy'}
+# Not negative if no input is.
+_KEEPING = {'Pooling', 'Concat', 'elemwise_add', 'broadcast_add', 'broadcast_plus', '_plus', '_Plus', 'add_n',
+            'ElementWiseSum', '_sum', 'elemwise_mul', 'broadcast_mul', '_mul', '_Mul', 'elemwise_div',
+            'broadcast_div', 'Flatten', 'Reshape', 'reshape', 'transpose', 'SwapAxis', 'swapaxes', 'Dropout',
+            'identity', '_copy', 'BlockGrad', 'Cast', 'amp_cast', 'expand_dims', 'squeeze', 'slice', 'slice_axis',
+            'slice_like', 'SliceChannel', 'split', 'stack', 'tile', 'repeat', 'mean', 'sum', 'max', 'min',
+            'UpSampling', '_contrib_AdaptiveAvgPooling2D', '_contrib_BilinearResize2D', 'broadcast_like',
+            'broadcast_maximum', 'broadcast_minimum', 'broadcast_to', 'broadcast_axis', 'reshape_like'}
+_ACTIVATIONS = {'relu', 'sigmoid', 'softrelu'}
+
+
+def trace(net):
+    """{weight Parameter name: Reading} of the layers of ``net``; {} if it cannot be traced with one input.
+
+    Only blocks whose ``hybrid_forward`` accepts symbols can be traced; shapes are not needed.
+    """
+    try:
+        out = net(mx.sym.var('data'))
+    except Exception:       # any net code may run here, and fail in its own way: then nothing is known
+        return {}
+    nodes = json.loads(_group(out).tojson())['nodes']
+    positive = _nonnegative(nodes)
+    found = {}
+    for node in nodes:
+        if node['op'] in _LAYERS:
+            data, weight = (tuple(entry[:2]) for entry in node['inputs'][:2])
+            name = nodes[weight[0]]['name']
+            reading = Reading(len(found), data, positive[data[0]])
+            if name in found:       # a layer called twice, or a shared weight
+                before = found[name]
+                reading = Reading(before.order, data if data == before.tensor else None,
+                                  before.nonnegative and reading.nonnegative)
+            found[name] = reading
+    return found
+
+
+def _group(out):
+    if isinstance(out, mx.sym.Symbol):
+        return out
+    parts = []
+    for part in out:
+        parts.extend(_group(part) if not isinstance(part, mx.sym.Symbol) else [part])
+    return mx.sym.Group(parts)
+
+
+def _nonnegative(nodes):
+    """For every node whether all its outputs are provably >= 0."""
+    known = []
+    for node in nodes:
+        op, attrs = node['op'], node.get('attrs', {})
+        inputs = [known[entry[0]] for entry in node['inputs']]
+        if op in _POSITIVE or (op == 'Activation' and attrs.get('act_type') in _ACTIVATIONS):
+            known.append(True)
+        elif op == 'clip':
+            known.append(float(attrs['a_min']) >= 0)
+        elif op == '_maximum_scalar':
+            known.append(float(attrs['scalar']) >= 0 or inputs[0])
+        elif op in ('_plus_scalar', '_mul_scalar', '_div_scalar'):
+            known.append(float(attrs['scalar']) >= 0 and inputs[0])
+        elif op in ('Pad', 'pad'):
+            known.append(float(attrs.get('constant_value', 0)) >= 0 and inputs[0])
+        else:
+            known.append(op in _KEEPING and bool(inputs) and all(inputs))
+    return known
