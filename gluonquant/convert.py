@@ -10,18 +10,14 @@ from .layers import LAYERS, QuantizedLayer, named_blocks
 from .registry import nearest
 from .trace import Reading, trace
 
-# method -> (weights, activations) and the options that suit pre-trained nets
-PRESETS = {
-    'int8': (('int8', {}), ('int8', {})),
-    'fqn': (('fqn', {}), ('fqn', {})),
-    'pact': (('sawb', {}), ('pact', {})),
-    'dorefa': (('dorefa', {'rescale': 'max'}), ('dorefa', {})),
-    'qil': (('qil', {}), ('qil', {})),
-    'gdrq': (('gdrq', {}), ('gdrq', {'ktimes': 4.0, 'lam': 0.01})),
-    'lsq': (('lsq', {}), ('lsq', {})),
-}
+# method -> methods of weights and of activations
+PRESETS = {'int8': ('int8', 'int8'), 'fqn': ('fqn', 'fqn'), 'pact': ('sawb', 'pact'), 'dorefa': ('dorefa', 'dorefa'),
+           'qil': ('qil', 'qil'), 'gdrq': ('gdrq', 'gdrq'), 'lsq': ('lsq', 'lsq')}
 DEFAULT_METHOD = 'lsq'
-_CONVERTER_OPTIONS = {'dorefa': {'rescale': 'max'}}
+# What suits pre-trained nets better than a method's own default.
+_PRETRAINED = {('weight', 'lsq'): {'per_channel': True}, ('weight', 'lsqplus'): {'per_channel': True},
+               ('weight', 'dorefa'): {'options': {'rescale': 'max'}},
+               ('activation', 'gdrq'): {'options': {'ktimes': 4.0, 'lam': 0.01}}}
 _SIGNED_FALLBACK = 'int8'       # for inputs below zero, where the method is for ReLU outputs only
 
 
@@ -171,14 +167,15 @@ def _base_config(bits, method, weight, activation, per_channel, signed, gradient
     specs = []
     for role, (name, own_bits, options), preset in zip(('weight', 'activation'), (weight, activation),
                                                        PRESETS[method or DEFAULT_METHOD]):
-        if name is None:
-            name, defaults = preset
-        else:
-            defaults = _CONVERTER_OPTIONS.get(name, {}) if role == 'weight' else {}
+        name = preset if name is None else name
         quantizers.find(name, role)
         own_bits = bits if own_bits is None else check_bits(own_bits, f'{role}_bits')
-        specs.append(QuantizerSpec(name, own_bits, options={**defaults, **(options or {})}))
-    return LayerConfig(replace(specs[0], per_channel=per_channel), replace(specs[1], signed=signed), gradient_bits)
+        suited = _PRETRAINED.get((role, name), {})
+        specs.append(QuantizerSpec(name, own_bits, **{**suited, 'options': {**suited.get('options', {}),
+                                                                           **(options or {})}}))
+    if per_channel is not None:
+        specs[0] = replace(specs[0], per_channel=per_channel)
+    return LayerConfig(specs[0], replace(specs[1], signed=signed), gradient_bits)
 
 
 def _end_config(base, bits):

@@ -1,0 +1,254 @@
+"""Quantize an image classifier and train on: float net -> convert -> calibrate -> fine-tune -> table.
+
+    python recipes/image_classification.py                                      # digits, no download
+    python recipes/image_classification.py --data-dir DIR --float-params FILE   # your images, your float net
+
+The first command trains cifar_resnet20_v1 on 1,437 images of digits, converts it to 4 bits (first and last
+layer: 8) and fine-tunes it. Into --save-dir go results.json, curves.png, float.params and quantized.params.
+
+A run stopped at any moment, by Ctrl-C or by force, continues with the same command and --resume, and ends
+with the same weights to the last bit as a run that was not stopped.
+"""
+import argparse
+import logging
+import os
+import shlex
+import shutil
+import sys
+import time
+
+import mxnet as mx
+from gluoncv.model_zoo import get_model
+
+import checkpoint
+import data as images
+import gluonquant as gq
+import report
+from loop import evaluate, hybridize, seed_everything, train_stage
+
+# Options that may differ between a run and its continuation, because no result depends on them.
+FREE_OPTIONS = {'resume', 'overwrite', 'num_workers', 'logging_file', 'cache_mb', 'save_dir'}
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description='Quantization-aware training of an image classifier.',
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group('data').add_argument
+    add('--dataset', choices=['digits', 'cifar10'], help='ready-made data; digits unless --data-dir is given')
+    add('--data-dir', help='RecordIO files train.rec, val.rec or folders train/<class>/, val/<class>/')
+    add('--preset', choices=sorted(images.PRESETS), help='mean, std, augmentation; default from image size')
+    add('--input-size', type=int, help='side of the crop the network sees; by default from the preset')
+    add('--resize', type=int, help='bring images to this shorter side first; by default they are not resized')
+    add('--mean', type=float, nargs=3, help='mean of R, G, B in 0..255, instead of the preset')
+    add('--std', type=float, nargs=3, help='standard deviation of R, G, B in 0..255, instead of the preset')
+    add('-j', '--num-data-workers', dest='num_workers', type=int, default=0, help='processes for loading')
+    add('--cache-mb', type=int, default=4000, help='keep decoded images in memory if they fit into this')
+
+    add = parser.add_argument_group('float network').add_argument
+    add('--model', default='cifar_resnet20_v1', help='name in the gluoncv model zoo')
+    add('--float-params', metavar='FILE', help='start from these parameters (net.save_parameters)')
+    add('--float-epochs', type=int, help='train the float network this long; 12 for digits, else 0')
+    add('--float-lr', type=float, default=0.1, help='its learning rate, which falls to 0 as a cosine')
+
+    add = parser.add_argument_group('quantization').add_argument
+    add('--bits', type=int, default=4, help='bits of weights and activations')
+    add('--method', help='quantization method of weights and activations')
+    add('--weight', help='method of weights')
+    add('--activation', help='method of activations')
+    add('--weight-bits', type=int, help='bits of weights, if not --bits')
+    add('--activation-bits', type=int, help='bits of activations, if not --bits')
+    add('--first-last-bits', type=int, default=8, help='bits of the first and the last layer')
+    add('--calibration-batches', type=int, default=10, help='training batches that set the initial ranges')
+
+    add = parser.add_argument_group('fine-tuning').add_argument
+    add('--num-epochs', type=int, default=10, help='epochs of quantization-aware training')
+    add('--batch-size', type=int, default=64)
+    add('--lr', type=float, default=0.02)
+    add('--lr-mode', choices=['step', 'poly', 'cosine', 'sine'], default='cosine', help='schedule of --lr')
+    add('--lr-decay', type=float, default=0.1, help='factor of --lr-mode step')
+    add('--lr-decay-epoch', default='40,60', help='epochs after which --lr-mode step decays')
+    add('--momentum', type=float, default=0.9)
+    add('--wd', type=float, default=1e-4, help='weight decay')
+    add('--freeze-bn-after', type=float, default=0.8, help='part of the epochs before BatchNorm freezes')
+
+    add = parser.add_argument_group('run').add_argument
+    add('--mode', choices=['hybrid', 'imperative'], default='hybrid')
+    add('--seed', type=int, default=0)
+    add('--save-dir', default=os.path.join('outputs', 'image_classification'), help='folder for all results')
+    add('--resume', action='store_true', help='continue the run in --save-dir')
+    add('--overwrite', action='store_true', help='discard an unfinished run in --save-dir')
+    add('--logging-file', default='train.log', help='name of the log in --save-dir')
+
+    args = parser.parse_args(argv)
+    if args.data_dir and args.dataset == 'digits':
+        parser.error('--dataset digits comes with scikit-learn and takes no --data-dir. Leave one out.')
+    args.dataset = args.dataset or ('directory' if args.data_dir else 'digits')
+    if args.float_epochs is None:
+        args.float_epochs = 12 if args.dataset == 'digits' and not args.float_params else 0
+    if args.float_params and not os.path.isfile(args.float_params):
+        parser.error(f'--float-params {args.float_params}: no such file.')
+    if not args.float_params and not args.float_epochs:
+        parser.error('there is no float network to quantize. Pass --float-params FILE, or train one first '
+                     'with --float-epochs N.')
+    try:
+        args.lr_decay_epoch = [int(epoch) for epoch in args.lr_decay_epoch.split(',') if epoch]
+    except ValueError:
+        parser.error(f'--lr-decay-epoch {args.lr_decay_epoch} is not a list of epochs such as 40,60.')
+    for name, least in (('batch_size', 1), ('num_epochs', 0), ('float_epochs', 0), ('calibration_batches', 1),
+                        ('seed', 0), ('num_workers', 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is below {least}.")
+    return args
+
+
+def read_data(args):
+    """Loaders and the number of classes."""
+    if args.dataset == 'digits':
+        train, val, classes = images.read_digits(args.input_size or 32)
+    elif args.dataset == 'cifar10':
+        root = args.data_dir or os.path.join('~', '.mxnet', 'datasets', 'cifar10')
+        train, val, classes = images.read_cifar10(root, args.resize)
+    else:
+        train, val, classes = images.read_directory(args.data_dir, args.resize)
+    name = args.preset
+    if not name:
+        name = 'digits' if args.dataset == 'digits' else 'cifar' if max(val.shape) <= 64 else 'imagenet'
+    preset = images.PRESETS[name]
+    preset = preset._replace(mean=args.mean or preset.mean, std=args.std or preset.std)
+    size = args.input_size or min(preset.input_size, *val.shape[:2])
+    loaders = images.make_loaders(train, val, preset, size, args.batch_size, args.seed,
+                                  args.calibration_batches, args.num_workers)
+    for part in (train, val):
+        if part.nbytes <= args.cache_mb * 1e6:
+            part.cache()
+    logging.info('%d training and %d validation images of %dx%d, %d classes; preset %s, crops of %d',
+                 len(train), len(val), *val.shape[:2], classes, name, size)
+    return loaders, classes
+
+
+def quantize(net, loaders, args):
+    """Convert and calibrate `net` in place."""
+    net.hybridize(False)            # a traced graph cannot be converted
+    try:
+        gq.convert(net, args.bits, method=args.method, weight=args.weight, activation=args.activation,
+                   weight_bits=args.weight_bits, activation_bits=args.activation_bits,
+                   first_last_bits=args.first_last_bits)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    gq.calibrate(net, loaders.calibration, batches=args.calibration_batches)
+    hybridize(net, args.mode)
+
+
+def start_or_resume(args, folder):
+    """The state to continue from: that of the newest checkpoint, or that of a new run."""
+    options = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
+    path, state = checkpoint.latest(folder)
+    if args.resume and state:
+        changed = {name for name in options if options[name] != state['options'].get(name)}
+        if changed:
+            name = min(changed)
+            raise SystemExit(f"--{name.replace('_', '-')} is {options[name]}, but the run in {args.save_dir} "
+                             f"was started with {state['options'].get(name)}. Continue it with the same "
+                             'options, or start another run with another --save-dir.')
+        if state['threads'] != report.threads():
+            logging.warning('the run was started with %s and continues with %s: its last bits may differ',
+                            state['threads'], report.threads())
+        logging.info('continuing from %s', path)
+        return {**state, 'path': path}
+    if state and not state['finished'] and not args.overwrite:
+        raise SystemExit(f"{args.save_dir} holds an unfinished run ({state['stage']}, epoch "
+                         f"{state['epoch']}). Pass --resume to continue it, --overwrite to discard it, or "
+                         'another --save-dir.')
+    if args.resume:
+        logging.info('no checkpoint in %s: starting from the beginning', folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
+    return {'stage': 'float', 'epoch': 0, 'step': 0, 'history': [], 'accuracy': {}, 'seconds': 0.0,
+            'finished': False, 'options': options, 'threads': report.threads(), 'path': None}
+
+
+def run(args):
+    folder = os.path.join(args.save_dir, 'checkpoints')
+    state = start_or_resume(args, folder)
+    try:
+        loaders, classes = read_data(args)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    try:
+        net = get_model(args.model, classes=classes)
+    except ValueError:
+        raise SystemExit(f'--model {args.model} is not in the gluoncv model zoo. See gluoncv.model_zoo.'
+                         'get_model_list().') from None
+    seed_everything(args.seed)
+
+    def save(net, trainer=None):
+        state['step'] += 1
+        state.pop('path', None)
+        quantized = state['stage'] == 'quantized'
+        writers = {'net.params': (lambda path: gq.save(net, path)) if quantized else net.save_parameters}
+        if trainer:
+            writers['trainer.states'] = trainer.save_states
+        checkpoint.write(folder, state['stage'], state['epoch'], state, writers)
+
+    if state['stage'] == 'float':
+        if state['path']:
+            net.load_parameters(os.path.join(state['path'], 'net.params'))
+        elif args.float_params:
+            net.load_parameters(args.float_params)
+        else:
+            net.initialize(mx.init.Xavier())
+        hybridize(net, args.mode)
+        train_stage('float', net, loaders, args, state, save)
+        start = time.time()
+        state['accuracy']['float'] = evaluate(net, loaders.val)
+        net.save_parameters(os.path.join(args.save_dir, 'float.params'))
+        quantize(net, loaders, args)
+        state['accuracy']['calibrated only'] = evaluate(net, loaders.val)
+        logging.info('float %.4f, calibrated only %.4f', *state['accuracy'].values())
+        state.update(stage='quantized', epoch=0, seconds=state['seconds'] + time.time() - start)
+        save(net)
+    else:
+        gq.load(os.path.join(state['path'], 'net.params'), net)
+        hybridize(net, args.mode)
+    train_stage('quantized', net, loaders, args, state, save)
+    if args.num_epochs:
+        state['accuracy']['fine-tuned'] = state['history'][-1]['val_accuracy']
+    if not state['finished']:
+        gq.save(net, os.path.join(args.save_dir, 'quantized.params'))
+        state['finished'] = True
+        save(net)
+    finish(net, args, state)
+
+
+def finish(net, args, state):
+    """Print the table; write results.json and curves.png."""
+    summary = gq.summary(net)
+    sizes = {'float': summary.float_bytes, 'quantized': summary.quantized_bytes}
+    title = f'{args.model}, {args.bits} bits, {args.data_dir or args.dataset}'
+    tuned = [row['val_accuracy'] for row in state['history'] if row['stage'] == 'quantized']
+    report.write_json(os.path.join(args.save_dir, 'results.json'), {
+        'command': shlex.join(['python', *sys.argv]), 'versions': report.versions(),
+        'threads': state['threads'], 'seed': args.seed, 'wall_seconds': round(state['seconds'], 1),
+        'accuracy': state['accuracy'], 'best_accuracy': max(tuned, default=None), 'bytes': sizes,
+        'options': state['options'], 'history': state['history']})
+    report.plot(os.path.join(args.save_dir, 'curves.png'), state['history'], state['accuracy'], title)
+    print(report.table(title, state['accuracy'], sizes))
+    print(f"{state['seconds']:.0f} s; results.json, curves.png and quantized.params are in {args.save_dir}")
+
+
+def main():
+    args = parse_args()
+    os.makedirs(args.save_dir, exist_ok=True)
+    logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s', datefmt='%H:%M:%S', handlers=[
+        logging.StreamHandler(), logging.FileHandler(os.path.join(args.save_dir, args.logging_file))])
+    kept = [word for word in sys.argv if word not in ('--resume', '--overwrite')]
+    again = shlex.join(['python', *kept, '--resume'])
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print(f'\nStopped. Only the epoch under way is lost; continue with\n  {again}', file=sys.stderr)
+        sys.exit(130)               # as shells report an interrupt
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,137 @@
+"""The training loop of the recipes: schedules, one epoch, one evaluation, one stage of a run."""
+import logging
+import math
+import os
+import time
+
+import mxnet as mx
+import numpy as np
+from mxnet import autograd, gluon
+from tqdm import tqdm
+
+import gluonquant as gq
+
+STAGES = ('float', 'quantized')
+
+
+def make_schedule(mode, lr, updates_per_epoch, epochs, decay, decay_epochs):
+    """Learning rate for every optimizer update 1, 2, ..., updates_per_epoch * epochs.
+
+    Parameters
+    ----------
+    mode : 'step' (times `decay` after each of `decay_epochs`), 'poly' (power 2), 'cosine' or 'sine' (from
+        0 up to `lr` and back to 0). All but 'step' end at 0.
+    """
+    total = updates_per_epoch * epochs
+    if mode == 'sine':
+        return gq.training.SineSchedule(lr, total)
+    if mode == 'cosine':
+        return gq.training.CosineSchedule(lr, total)
+    if mode == 'poly':
+        return mx.lr_scheduler.PolyScheduler(total, base_lr=lr, pwr=2)
+    steps = sorted(epoch * updates_per_epoch for epoch in decay_epochs if 0 < epoch < epochs)
+    if not steps:
+        return mx.lr_scheduler.PolyScheduler(total, base_lr=lr, final_lr=lr)     # constant
+    return mx.lr_scheduler.MultiFactorScheduler(steps, factor=decay, base_lr=lr)
+
+
+def train_epoch(net, trainer, batches, count, title):
+    """One pass over `batches`, `count` images in all.
+
+    Returns a dict: loss (mean), accuracy (0..1), images_per_s, lr_first and lr_last (of the epoch's updates).
+    Losses are read one step late: MXNet computes in the background, and the next batch is prepared meanwhile.
+    """
+    loss_function = gluon.loss.SoftmaxCrossEntropyLoss()
+    totals, images, rates, pending, start = [0.0, 0.0], 0, [], None, time.time()
+
+    def collect(sums, size):
+        nonlocal images
+        values = sums.asnumpy()
+        totals[0] += float(values[0])
+        totals[1] += float(values[1])
+        images += size
+        bar.set_postfix(loss=f'{totals[0] / images:.3f}', acc=f'{totals[1] / images:.3f}', refresh=False)
+        bar.update(size)
+
+    with tqdm(total=count, desc=title, unit='img', disable=None, leave=False) as bar:
+        for data, label in batches:
+            with autograd.record():
+                output = net(data)
+                loss = loss_function(output, label)
+            loss.backward()
+            trainer.step(len(data))
+            rates.append(trainer.learning_rate)
+            sums = mx.nd.concat(loss.sum(), (output.argmax(axis=1) == label).sum(), dim=0)
+            if pending:
+                collect(*pending)
+            pending = (sums, len(data))
+        collect(*pending)
+    speed = images / (time.time() - start)
+    return {'loss': totals[0] / images, 'accuracy': totals[1] / images, 'images_per_s': round(speed, 1),
+            'lr_first': rates[0], 'lr_last': rates[-1]}
+
+
+def evaluate(net, batches, title='validating'):
+    """Top-1 accuracy over every image of `batches`, in 0..1."""
+    right = count = 0
+    size = None
+    for data, label in tqdm(batches, desc=title, unit='batch', disable=None, leave=False):
+        size = size or len(data)
+        missing = size - len(data)
+        if missing:     # static_shape plans memory for one batch size: fill up, then ignore the filling
+            data = mx.nd.concat(data, data[:1].repeat(missing, axis=0), dim=0)
+        output = net(data)[:len(label)]
+        right += int((output.argmax(axis=1) == label).sum().asscalar())
+        count += len(label)
+    return right / count
+
+
+def hybridize(net, mode):
+    if mode == 'hybrid':
+        net.hybridize(static_alloc=True, static_shape=True)
+
+
+def seed_everything(seed, *position):
+    """Seed MXNet and NumPy from the seed and a position in the run, so that it can be entered there."""
+    state = np.random.RandomState([seed, *position])
+    mx.random.seed(int(state.randint(2 ** 31 - 1)))
+    np.random.seed(int(state.randint(2 ** 31 - 1)))
+
+
+def train_stage(stage, net, loaders, args, state, save):
+    """Train from the epoch in `state` to the last one of `stage`; note and save each epoch.
+
+    Float training takes a cosine schedule with --float-lr; fine-tuning takes the options of the command line.
+    """
+    if stage == 'float':
+        epochs, schedule = args.float_epochs, ('cosine', args.float_lr)
+    else:
+        epochs, schedule = args.num_epochs, (args.lr_mode, args.lr)
+    if state['epoch'] >= epochs:
+        return
+    lr_scheduler = make_schedule(*schedule, len(loaders.train), epochs, args.lr_decay, args.lr_decay_epoch)
+    options = {'lr_scheduler': lr_scheduler, 'momentum': args.momentum, 'wd': args.wd}
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', options, kvstore=None)
+    if state['epoch'] > 0:
+        trainer.load_states(os.path.join(state['path'], 'trainer.states'))
+    frozen = False
+    for epoch in range(state['epoch'], epochs):
+        start = time.time()
+        if stage == 'quantized' and not frozen and epoch >= args.freeze_bn_after * epochs:
+            gq.freeze_batchnorm(net)
+            hybridize(net, args.mode)
+            frozen = True
+        loaders.sampler.epoch = (STAGES.index(stage), epoch)
+        seed_everything(args.seed, *loaders.sampler.epoch)
+        row = train_epoch(net, trainer, loaders.train, loaders.train_count, f'{stage} {epoch + 1}/{epochs}')
+        if not math.isfinite(row['loss']):
+            raise SystemExit(f"{stage} epoch {epoch + 1}: the loss is {row['loss']}. Pass a smaller "
+                             f"{'--float-lr' if stage == 'float' else '--lr'} than {schedule[1]}.")
+        row['val_accuracy'] = evaluate(net, loaders.val)
+        state['history'].append({'stage': stage, 'epoch': epoch + 1, **row})
+        state['epoch'] = epoch + 1
+        state['seconds'] += time.time() - start
+        save(net, trainer)
+        logging.info('%s epoch %d/%d: loss %.4f, accuracy %.4f, validation %.4f, lr %.5f, %.0f images/s',
+                     stage, epoch + 1, epochs, row['loss'], row['accuracy'], row['val_accuracy'],
+                     row['lr_last'], row['images_per_s'])

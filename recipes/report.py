@@ -1,0 +1,72 @@
+"""What a run leaves behind: a table, results as JSON, and a picture of its curves."""
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+
+import matplotlib
+
+import gluonquant as gq
+
+matplotlib.use('Agg')           # before pyplot, which would look for a display
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def versions():
+    """Versions of everything the numbers depend on, and the revision of this checkout if git knows it."""
+    # The installed distribution is asked, because gluoncv 0.10.5.post0 calls itself 0.11.0.
+    found = {'python': platform.python_version(), 'gluonquant': gq.__version__,
+             **{name: metadata.version(name) for name in ('mxnet', 'numpy', 'gluoncv')}}
+    command = ['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'describe', '--always', '--dirty']
+    try:
+        found['git'] = subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found['git'] = None
+    return found
+
+
+def threads():
+    """What MXNet takes its number of threads from; sums, and so the last bits of results, depend on it."""
+    return {'cpus': os.cpu_count(), 'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS')}
+
+
+def table(title, accuracy, sizes):
+    """Lines of text: one row per stage in `accuracy` (dict stage -> top-1 in 0..1), with its size.
+
+    `sizes` maps 'float' and 'quantized' to bytes.
+    """
+    rows = [title, f"{'':18}{'top-1':>8}{'size':>12}"]
+    for stage, top1 in accuracy.items():
+        size = sizes['float' if stage == 'float' else 'quantized']
+        ratio = '' if stage == 'float' else f"   {sizes['float'] / size:.1f}x smaller"
+        rows.append(f'{stage:18}{top1:8.4f}{size / 1000:9,.1f} kB{ratio}')
+    return '\n'.join(rows)
+
+
+def write_json(path, results):
+    """Write `results`, replacing an older file only when the new one is complete."""
+    with open(path + '.partial', 'w') as file:
+        json.dump(results, file, indent=1)
+    os.replace(path + '.partial', path)
+
+
+def plot(path, history, accuracy, title):
+    """Two panels over the epochs of both stages: training loss; top-1 of training and validation images."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    epochs = range(1, len(history) + 1)
+    for axes, name, label in ((left, 'loss', None), (right, 'accuracy', 'training'),
+                              (right, 'val_accuracy', 'validation')):
+        factor = 1 if name == 'loss' else 100
+        axes.plot(epochs, [factor * row[name] for row in history], marker='.', label=label)
+    if 'calibrated only' in accuracy:
+        start = sum(row['stage'] == 'float' for row in history) + 0.5
+        for axes in (left, right):
+            axes.axvline(start, color='gray', linestyle=':')
+        right.plot([start], [100 * accuracy['calibrated only']], 'rx', label='calibrated only')
+    right.axhline(100 * accuracy['float'], color='gray', linewidth=0.8, label='float network')
+    left.set(xlabel='epoch', ylabel='training loss', title='float, then quantized')
+    right.set(xlabel='epoch', ylabel='top-1, %', title=title)
+    right.legend(loc='lower right')
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

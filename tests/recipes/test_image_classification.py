@@ -1,0 +1,161 @@
+"""The main job from the command line, on a few tiny images."""
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mxnet import nd
+
+import image_classification
+from tiny import write_folder
+
+ROOT = str(Path(__file__).parents[2])
+OPTIONS = {'--float-epochs': 2, '--num-epochs': 4, '--batch-size': 8, '--calibration-batches': 1,
+           '--float-lr': 0.01, '--lr': 0.01, '--lr-mode': 'sine', '--freeze-bn-after': 0.5}
+
+
+def command(images, out, *more, **changed):
+    options = {**OPTIONS, '--data-dir': images, '--save-dir': out, **changed}
+    words = [str(word) for option in options.items() if option[1] is not None for word in option]
+    return [sys.executable, os.path.join(ROOT, 'recipes', 'image_classification.py'), *words, *more]
+
+
+def environment():
+    return {**os.environ, 'PYTHONPATH': ROOT, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}
+
+
+def execute(*args, **kwargs):
+    return subprocess.run(command(*args, **kwargs), env=environment(), stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True)
+
+
+def call(*args, **kwargs):
+    """The same command inside this process."""
+    options = image_classification.parse_args(command(*args, **kwargs)[2:])
+    os.makedirs(options.save_dir, exist_ok=True)
+    image_classification.run(options)
+
+
+def results(out):
+    with open(os.path.join(out, 'results.json')) as file:
+        return json.load(file)
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+    """(image folder, save folder, output) of a run that nothing interrupts."""
+    directory = tmp_path_factory.mktemp('straight')
+    images = write_folder(directory / 'images')
+    done = execute(images, directory / 'run')
+    assert done.returncode == 0, done.stdout
+    return images, directory / 'run', done.stdout
+
+
+def assert_same_weights(one, other):
+    first, second = np.load(one / 'quantized.params'), np.load(other / 'quantized.params')
+    assert first.files == second.files
+    for name in first.files:
+        assert first[name].tobytes() == second[name].tobytes(), name
+
+
+def test_the_run_leaves_a_table_results_and_a_picture(straight):
+    _, out, text = straight
+    found = results(out)
+    assert set(found['accuracy']) == {'float', 'calibrated only', 'fine-tuned'}
+    for stage, top1 in found['accuracy'].items():
+        assert f'{stage:18}{top1:8.4f}' in text
+    assert 7 < found['bytes']['float'] / found['bytes']['quantized'] < 8.1      # 4 bits, 8 at both ends
+    assert found['versions']['mxnet'] == '1.9.1' and found['seed'] == 0
+    with open(out / 'curves.png', 'rb') as picture:
+        assert picture.read(4) == b'\x89PNG'
+    assert all(np.isfinite(value.asnumpy()).all() for value in nd.load(str(out / 'float.params')).values())
+
+
+def test_the_sine_schedule_rises_and_falls_to_zero(straight):
+    rows = [row for row in results(straight[1])['history'] if row['stage'] == 'quantized']
+    total = 4 * 3           # epochs times batches of 8 out of 24
+    for epoch, row in enumerate(rows):
+        assert row['lr_first'] == pytest.approx(0.01 * math.sin(math.pi * (3 * epoch + 1) / total))
+        assert row['lr_last'] == pytest.approx(0.01 * math.sin(math.pi * (3 * epoch + 3) / total), abs=1e-9)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(straight, tmp_path):
+    """Kill at two random moments between the first checkpoint and the end, then let it finish."""
+    images, expected, _ = straight
+    moments = random.Random()
+    for _ in range(2):
+        process = subprocess.Popen(command(images, tmp_path, '--resume'), env=environment(),
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = set(os.listdir(tmp_path / 'checkpoints')) if (tmp_path / 'checkpoints').exists() else set()
+        deadline = time.time() + 60
+        while process.poll() is None and time.time() < deadline:
+            if (tmp_path / 'checkpoints').exists() and set(os.listdir(tmp_path / 'checkpoints')) - before:
+                break
+            time.sleep(0.01)
+        delay = moments.uniform(0, 0.7)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = execute(images, tmp_path, '--resume')
+    assert done.returncode == 0, done.stdout
+    assert 'continuing from' in done.stdout, f'killed {delay:.3f} s after the first new checkpoint'
+    assert_same_weights(tmp_path, expected)
+    keys = ('stage', 'epoch', 'loss', 'accuracy', 'val_accuracy', 'lr_first', 'lr_last')
+    for mine, theirs in zip(results(tmp_path)['history'], results(expected)['history']):
+        assert [mine[key] for key in keys] == [theirs[key] for key in keys]
+
+
+def test_interrupting_says_how_to_continue(straight, tmp_path):
+    process = subprocess.Popen(command(straight[0], tmp_path), env=environment(), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if 'float epoch 1/2' in line:
+            process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    text = ''.join(lines)
+    assert 'continue with' in text and text.rstrip().endswith('--resume') and 'Traceback' not in text
+
+    with pytest.raises(SystemExit, match=r'holds an unfinished run \(float, epoch 1\)'):
+        call(straight[0], tmp_path)
+    with pytest.raises(SystemExit, match=r'--lr is 0.5, but the run in .* was started with 0.01'):
+        call(straight[0], tmp_path, '--resume', **{'--lr': 0.5})
+
+
+def test_a_float_checkpoint_is_quantized_without_training(straight, tmp_path):
+    images, out, _ = straight
+    call(images, tmp_path, **{'--float-params': out / 'float.params', '--float-epochs': None, '--num-epochs': 0})
+    expected = results(out)['accuracy']
+    assert results(tmp_path)['accuracy'] == {key: expected[key] for key in ('float', 'calibrated only')}
+
+
+@pytest.mark.parametrize('changed, message', [
+    ({'--data-dir': 'nowhere'}, 'nowhere has neither train.rec nor train/'),
+    ({'--model': 'resnet2_v9'}, '--model resnet2_v9 is not in the gluoncv model zoo'),
+    ({'--method': 'lsqq'}, "'lsqq'.*lsq"),
+    ({'--float-lr': 1e30}, 'the loss is .* Pass a smaller --float-lr than 1e\\+30'),
+])
+def test_a_wrong_value_is_explained(tmp_path, folder, changed, message):
+    with pytest.raises(SystemExit, match=message):
+        call(folder, tmp_path, **changed)
+
+
+@pytest.mark.parametrize('changed, message', [
+    ({'--float-epochs': None}, 'there is no float network to quantize'),
+    ({'--float-params': 'missing.params'}, '--float-params missing.params: no such file'),
+    ({'--batch-size': 0}, '--batch-size 0 is below 1'),
+    ({'--dataset': 'digits'}, '--dataset digits comes with scikit-learn'),
+    ({'--lr-decay-epoch': 'ten'}, '--lr-decay-epoch ten is not a list of epochs'),
+])
+def test_a_wrong_option_is_explained(tmp_path, capsys, changed, message):
+    with pytest.raises(SystemExit):
+        call('images', tmp_path, **changed)
+    assert message in capsys.readouterr().err
