@@ -104,7 +104,7 @@ def _observing(net, watching, skip):
         for block in hybrid:
             block._active = False
         for quantizer in everything:
-            quantizer.forward = _look(*watching.get(quantizer, (None, None)), skip)
+            quantizer.forward = _look(quantizer.forward, *watching.get(quantizer, (None, None)), skip)
         yield
     finally:
         for quantizer in everything:
@@ -113,12 +113,14 @@ def _observing(net, watching, skip):
             block._active = True
 
 
-def _look(path, observer, skip):
-    """A forward that passes x on after showing it to the observer; symbols (shape inference) just pass."""
+def _look(original, path, observer, skip):
+    """A forward that passes x on after showing it to the observer; symbols (shape inference) go the usual way."""
     last = [None]
 
     def forward(x):
-        if observer is not None and path not in skip and isinstance(x, nd.NDArray) and x is not last[0]:
+        if not isinstance(x, nd.NDArray):
+            return original(x)
+        if observer is not None and path not in skip and x is not last[0]:
             last[0] = x     # layers that share the quantizer bring the same tensor
             try:
                 observer.update(x)

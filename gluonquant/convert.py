@@ -238,7 +238,7 @@ def _build(layer, config, taken):
     for role, spec in (('weight', config.weight), ('activation', config.activation)):
         options = dict(spec.options)
         if role == 'weight':
-            options['channels'] = layer._channels if hasattr(layer, '_channels') else layer._units
+            options['shape'] = tuple(max(size, 0) for size in layer.weight.shape)
         quantizer = quantizers.create(
             spec.method, spec.bits, role=role, signed=spec.signed, per_channel=spec.per_channel,
             axis=LAYERS[type(layer)].weight_axis if role == 'weight' else 0,

@@ -87,5 +87,5 @@ def _describe(quantizer):
 def _packed(quantizer, shape, size):
     if quantizer.grid is None or shape is None:
         return size
-    scales = quantizer.scale_shape(shape[quantizer.axis])[0]
+    scales = quantizer.scale_shape()[0]
     return math.ceil(math.prod(shape) * quantizer.grid.bits / 8) + 4 * scales

@@ -47,7 +47,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group('float network').add_argument
     add('--model', default='cifar_resnet20_v1', help='name in the gluoncv model zoo')
     add('--float-params', metavar='FILE', help='start from these parameters (net.save_parameters)')
-    add('--float-epochs', type=int, help='train the float network this long; 12 for digits, else 0')
+    add('--float-epochs', type=int, help='train the float network this long; 6 for digits, else 0')
     add('--float-lr', type=float, default=0.1, help='its learning rate, which falls to 0 as a cosine')
 
     add = parser.add_argument_group('quantization').add_argument
@@ -61,7 +61,7 @@ def parse_args(argv=None):
     add('--calibration-batches', type=int, default=10, help='training batches that set the initial ranges')
 
     add = parser.add_argument_group('fine-tuning').add_argument
-    add('--num-epochs', type=int, default=10, help='epochs of quantization-aware training')
+    add('--num-epochs', type=int, default=6, help='epochs of quantization-aware training')
     add('--batch-size', type=int, default=64)
     add('--lr', type=float, default=0.02)
     add('--lr-mode', choices=['step', 'poly', 'cosine', 'sine'], default='cosine', help='schedule of --lr')
@@ -84,7 +84,7 @@ def parse_args(argv=None):
         parser.error('--dataset digits comes with scikit-learn and takes no --data-dir. Leave one out.')
     args.dataset = args.dataset or ('directory' if args.data_dir else 'digits')
     if args.float_epochs is None:
-        args.float_epochs = 12 if args.dataset == 'digits' and not args.float_params else 0
+        args.float_epochs = 6 if args.dataset == 'digits' and not args.float_params else 0
     if args.float_params and not os.path.isfile(args.float_params):
         parser.error(f'--float-params {args.float_params}: no such file.')
     if not args.float_params and not args.float_epochs:

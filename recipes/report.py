@@ -66,6 +66,8 @@ def plot(path, history, accuracy, title):
         right.plot([start], [100 * accuracy['calibrated only']], 'rx', label='calibrated only')
     right.axhline(100 * accuracy['float'], color='gray', linewidth=0.8, label='float network')
     left.set(xlabel='epoch', ylabel='training loss', title='float, then quantized')
+    if history:
+        left.set_yscale('log')
     right.set(xlabel='epoch', ylabel='top-1, %', title=title)
     right.legend(loc='lower right')
     figure.savefig(path, dpi=110)

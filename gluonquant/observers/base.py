@@ -8,6 +8,7 @@ import numpy as np
 from ..registry import Registry
 
 _observers = Registry('observer')
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)     # 2**64 / golden ratio, odd
 
 
 def _as_float32(x):
@@ -152,13 +153,10 @@ class Observer:
 class SamplingObserver(Observer):
     """An observer that needs the values themselves and keeps a bounded sample of them.
 
-    All values are kept while at most ``max_values`` have arrived. After that the sample is every 2**k-th
-    value in order of arrival, starting with the first, with the smallest k that fits: a function of the
-    stream alone, however it is cut into batches. ``lo``, ``hi``, ``amax`` and ``mean_abs`` stay exact.
-
-    A stride that is a multiple of the row length of an image always meets the same columns, so a heavily
-    thinned sample of feature maps whose width is a power of two sees only some positions. Where borders
-    differ much from the inside, raise ``max_values``.
+    All values are kept while at most ``max_values`` have arrived. After that the sample is a fixed, even choice of
+    one in 2**k positions of the stream, with the smallest k that fits: the same however the stream is cut into
+    batches. Positions are chosen by multiplicative hashing with the golden ratio; a plain stride would meet the
+    same column of every feature map whose width is a power of two.
 
     Parameters
     ----------
@@ -178,23 +176,29 @@ class SamplingObserver(Observer):
             raise ValueError(f'max_values={max_values!r} is not a sample size: pass an integer >= 1, or None '
                              'to keep every value')
         self.max_values = max_values
-        self._stride = 1
+        self._rarity = 1                # one in how many positions is kept, a power of two
         self._kept = 0
-        self._chunks = []
+        self._chunks, self._keys = [], []
 
     @property
     def sample(self):
         """The values kept, float32 in order of arrival. Shared with the observer: do not write to it."""
         self._require_data()
         if len(self._chunks) > 1:
-            self._chunks = [np.concatenate(self._chunks)]
+            self._chunks, self._keys = [np.concatenate(self._chunks)], [np.concatenate(self._keys)]
         return self._chunks[0]
 
     def _collect(self, values):
-        kept = values[-self.count % self._stride::self._stride].copy()
-        self._kept += kept.size
-        self._chunks.append(kept)
+        keys = np.arange(self.count, self.count + values.size, dtype=np.uint64) * _GOLDEN
+        values, keys = self._thinned(values, keys)
+        self._chunks.append(values)
+        self._keys.append(keys)
+        self._kept += values.size
         while self.max_values is not None and self._kept > self.max_values:
-            self._chunks = [np.concatenate(self._chunks)[::2].copy()]
-            self._kept = self._chunks[0].size
-            self._stride *= 2
+            self._rarity *= 2
+            values, keys = self._thinned(np.concatenate(self._chunks), np.concatenate(self._keys))
+            self._chunks, self._keys, self._kept = [values], [keys], values.size
+
+    def _thinned(self, values, keys):
+        keep = keys <= np.uint64(2**64 // self._rarity - 1)
+        return values[keep], keys[keep]

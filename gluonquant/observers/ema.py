@@ -4,11 +4,6 @@ import math
 from .base import Observer, _observers
 
 
-def _blend(old, new, decay):
-    """decay * old + (1 - decay) * new, kept between the two against the last bit of rounding."""
-    return min(max(decay * old + (1 - decay) * new, min(old, new)), max(old, new))
-
-
 @_observers.register('ema')
 class EMAObserver(Observer):
     """Moving average of each batch's extremes; the first batch sets it.   a = d * a + (1 - d) * max|batch|
@@ -45,14 +40,14 @@ class EMAObserver(Observer):
 
     def _collect(self, values):
         lo, hi = float(values.min()), float(values.max())
-        self._signed_amax = self._follow(self._signed_amax, max(abs(lo), abs(hi)))
-        self._unsigned_amax = self._follow(self._unsigned_amax, max(hi, 0.0))
         first = self.batches == 0
-        self._ema_lo = lo if first else _blend(self._ema_lo, lo, self.decay)
-        self._ema_hi = hi if first else _blend(self._ema_hi, hi, self.decay)
+        self._signed_amax = self._follow(self._signed_amax, max(abs(lo), abs(hi)), self._signed_amax == 0)
+        self._unsigned_amax = self._follow(self._unsigned_amax, max(hi, 0.0), self._unsigned_amax == 0)
+        self._ema_lo = self._follow(self._ema_lo, lo, first)
+        self._ema_hi = self._follow(self._ema_hi, hi, first)
 
-    def _follow(self, amax, batch_amax):
-        return _blend(amax, batch_amax, self.decay) if amax > 0 else batch_amax
+    def _follow(self, old, new, unset):
+        return new if unset else self.decay * old + (1 - self.decay) * new
 
     def _amax(self, grid):
         return self._signed_amax if grid.signed else self._unsigned_amax

@@ -63,7 +63,7 @@ class GDRQWeight(_Phased, WeightQuantizer):
         self.grad_mode = check_grad_mode(grad_mode)
         with self.name_scope():
             self.phase = self.state('phase', init=float(do_quant))
-            self.ratio = self.state('ratio', shape=self.scale_shape(kwargs.get('channels', 0)), init=ktimes)
+            self.ratio = self.state('ratio', shape=self.scale_shape(), init=ktimes)
 
     def levels(self, F, rows, fixed):
         mean = F.mean(F.abs(rows), axis=1, keepdims=True)

@@ -13,7 +13,7 @@ class Identity(HybridBlock):
     default_range = False
     consumers = 1
 
-    def __init__(self, bits=None, signed=None, per_channel=None, axis=0, channels=0, prefix=None, params=None):
+    def __init__(self, bits=None, signed=None, per_channel=None, axis=0, shape=None, prefix=None, params=None):
         super().__init__(prefix=prefix, params=params)
         self.nested = False
         self.where = self.name

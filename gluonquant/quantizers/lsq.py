@@ -65,7 +65,7 @@ class LSQWeight(LearnedStep, WeightQuantizer):
     def __init__(self, bits=4, **kwargs):
         self.check_bits(bits)
         super().__init__(bits, Grid(bits), **kwargs)
-        self.add_scale(self.scale_shape(kwargs.get('channels', 0)))
+        self.add_scale(self.scale_shape())
 
     def initial(self, x):
         mean = np.abs(self.row_values(x)).mean(axis=1)

@@ -18,8 +18,9 @@ class WeightQuantizer(Quantizer):
         One scale for each index of ``axis``.
     axis : int
         The output channels: 0 for Conv and Dense weights, 1 for transposed convolutions.
-    channels : int
-        Length of ``axis``; 0 = taken from the first weight seen.
+    shape : tuple of int, optional
+        Shape of the weight, 0 where it is not known yet; None = taken from the first weight seen. Inside a net it
+        lets MXNet infer an unknown number of input channels through the quantizer.
     group_size : int
         How many channels share a scale when ``per_channel``.
     """
@@ -29,7 +30,7 @@ class WeightQuantizer(Quantizer):
     holds = True                # the scale follows the weight, so freezing must remember it
     has_zero_point = False
 
-    def __init__(self, bits, grid, signed=None, per_channel=None, axis=0, channels=0, group_size=1, **kwargs):
+    def __init__(self, bits, grid, signed=None, per_channel=None, axis=0, shape=None, group_size=1, **kwargs):
         super().__init__(bits, grid, **kwargs)
         if signed is not None and not signed:
             raise ValueError(f'signed=False: {type(self).__name__} quantizes weights, which have both signs')
@@ -38,25 +39,31 @@ class WeightQuantizer(Quantizer):
         self.per_channel = self.per_channel_default if per_channel is None else bool(per_channel)
         self.axis = axis
         self.group_size = group_size
-        if channels % group_size:
-            raise ValueError(f'group_size={group_size} does not divide the {channels} output channels of {self.where}')
+        self.shape = shape
+        self.channels = shape[axis] if shape else 0
+        if self.channels % group_size:
+            raise ValueError(f'group_size={group_size} does not divide the {self.channels} output channels of {self.where}')
         if self.holds:
             with self.name_scope():
-                self.held_scale = self.state('held_scale', shape=self.scale_shape(channels))
+                self.held_scale = self.state('held_scale', shape=self.scale_shape())
                 if self.has_zero_point:
-                    self.held_zero = self.state('held_zero', shape=self.scale_shape(channels))
+                    self.held_zero = self.state('held_zero', shape=self.scale_shape())
 
-    def scale_shape(self, channels):
+    def scale_shape(self):
         """Shape of a Parameter with one value per row; (0,) while the number of channels is unknown."""
-        return (channels // self.group_size,) if self.per_channel else (1,)
+        return (self.channels // self.group_size,) if self.per_channel else (1,)
 
     def infer_shape(self, x):
-        shape = self.scale_shape(x.shape[self.axis])
+        self.channels = x.shape[self.axis]
+        shape = self.scale_shape()
         for parameter in self._reg_params.values():
             if parameter.shape == (0,):
                 parameter.shape = shape
 
     def rows(self, F, x):
+        # Inference leaves convolution weights in a blocked layout, which MXNet's reshape cannot read if they are
+        # grouped ("could not create a primitive descriptor for a reorder primitive"); a product puts them back.
+        x = x * 1
         if not self.per_channel:
             return F.reshape(x, shape=(1, -1))
         rows = F.reshape(x if self.axis == 0 else F.swapaxes(x, 0, 1), shape=(0, -1))
@@ -65,10 +72,16 @@ class WeightQuantizer(Quantizer):
         return rows
 
     def unrows(self, F, rows, x):
-        # Adding zeros of x lets MXNet infer the weight's shape backwards, which no reshape does.
-        if not self.per_channel or self.axis == 0:
-            return F.reshape_like(rows, x) + F.zeros_like(x)
-        return F.swapaxes(F.reshape_like(rows, F.swapaxes(x, 0, 1)), 0, 1) + F.zeros_like(x)
+        swapped = self.per_channel and self.axis == 1
+        if self.shape is None:
+            out = F.reshape_like(rows, F.swapaxes(x, 0, 1) if swapped else x)
+        else:       # reshape_like fails while a dimension of x is unknown; a reshape with one open dimension does not
+            target = [size or -1 for size in self.shape]
+            if swapped:
+                target[:2] = target[1::-1]
+            out = F.reshape(rows, shape=tuple(target))
+        # Adding zeros of x lets MXNet infer the weight's shape from the layer, against the direction of the reshapes.
+        return (F.swapaxes(out, 0, 1) if swapped else out) + F.zeros_like(x)
 
     def per_axis(self, values):
         return np.repeat(values, self.group_size) if self.per_channel else values
@@ -119,7 +132,7 @@ class ActivationQuantizer(Quantizer):
     default_observer = 'minmax'
     observer_options = {}
 
-    def __init__(self, bits, grid, per_channel=None, axis=0, channels=0, delay_quant=0, **kwargs):
+    def __init__(self, bits, grid, per_channel=None, axis=0, delay_quant=0, **kwargs):
         super().__init__(bits, grid, **kwargs)
         if per_channel:
             raise ValueError(f'per_channel=True: {type(self).__name__} quantizes activations, which have one scale '

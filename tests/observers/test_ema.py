@@ -56,6 +56,10 @@ def test_while_only_zeros_came_the_next_batch_sets_the_range():
     assert shown([[0.0, 0.0], [0.0], [5.0]]).range(SIGNED)[1] == 5.0
 
 
+def test_while_nothing_positive_came_the_next_batch_sets_the_unsigned_range():
+    assert shown([[-3.0], [-1.0, 0.0], [5.0]]).range(UNSIGNED)[1] == 5.0
+
+
 def test_zeros_after_the_first_values_are_averaged_in():
     assert shown([[4.0], [0.0]], decay=0.75).range(SIGNED)[1] == 3.0
 

@@ -86,6 +86,23 @@ def test_the_smallest_of_equal_divergences_wins():
     assert kl_bins(np.array([5, 5, 0, 0, 0, 0, 0, 0]), 2) == 2
 
 
+def test_rounding_does_not_decide_between_equal_divergences():
+    counts = np.zeros(256, int)
+    counts[[0, 8, 16, 24, 32, 48]] = [1825, 1007, 1213, 1941, 1459, 1264]
+    # D is 0 once 49 bins are kept and each filled one has its own run; the rounded sums differ by 1e-16
+    assert kl_bins(counts, 32) == 49
+
+
+def test_a_thinned_sample_is_binned_up_to_the_exact_maximum():
+    x = np.abs(draw('standard_normal'))
+    x[1] = 50       # a position that the first thinning drops
+    observer = shown(x, max_values=2000)
+    counts = np.histogram(observer.sample.astype(np.float64), 2048, (0, 50))[0]
+    expected = (best_bins(counts, 16) + 0.5) * 50 / 2048
+    assert 50 not in observer.sample
+    assert observer.range(Grid(4, signed=False))[1] == pytest.approx(expected, rel=1e-14)
+
+
 def test_flat_counts_are_cut_where_nothing_is_lost():
     assert kl_bins(np.full(64, 10), 4) == 64
 

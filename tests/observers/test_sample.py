@@ -23,7 +23,7 @@ def test_every_value_is_kept_in_order_up_to_the_limit():
 
 
 def test_one_value_past_the_limit_halves_the_sample():
-    assert sample_of(np.arange(65), 64) == list(range(0, 65, 2))
+    assert len(sample_of(np.arange(65), 64)) == pytest.approx(65 / 2, abs=2)    # golden-ratio positions are even
 
 
 def test_no_limit_keeps_everything():
@@ -32,23 +32,30 @@ def test_no_limit_keeps_everything():
 
 @settings(max_examples=60, deadline=None)
 @given(size=st.integers(1, 3000), limit=st.integers(1, 64), cuts=st.lists(st.integers(0, 3000), max_size=6))
-def test_the_sample_is_every_2_to_the_k_th_value_with_the_least_k_that_fits(size, limit, cuts):
+def test_the_sample_is_one_in_2_to_the_k_positions_with_the_least_k_that_fits(size, limit, cuts):
+    def chosen(k):      # positions whose hash, read as a fraction of 2**64, lies below 2**-k
+        return [p for p in range(size) if p * 0x9E3779B97F4A7C15 % 2**64 < 2**64 // 2**k]
     k = 0
-    while -(-size // 2**k) > limit:
+    while len(chosen(k)) > limit:
         k += 1
-    sample = sample_of(np.arange(size), limit, [min(c, size) for c in cuts])
-    assert sample == list(range(0, size, 2**k))
+    assert sample_of(np.arange(size), limit, [min(c, size) for c in cuts]) == chosen(k)
+
+
+def test_thinning_meets_every_column_of_a_feature_map():
+    columns = np.array(sample_of(np.arange(200_000), 2000), int) % 32
+    counts = np.bincount(columns, minlength=32)
+    assert counts.min() > 0.8 * counts.mean()
 
 
 def test_thinning_favours_no_part_of_the_stream():
     sample = np.array(sample_of(np.arange(100_000), 1000, range(333, 100_000, 333)))
     per_tenth = np.histogram(sample, 10, (0, 100_000))[0]
-    assert per_tenth.max() - per_tenth.min() <= 1
+    assert per_tenth.max() - per_tenth.min() <= 3    # golden-ratio positions are even to a few places
 
 
 def test_the_sample_fills_more_than_half_of_its_limit():
     sizes = [len(sample_of(np.arange(n), 50)) for n in range(50, 1000)]
-    assert (min(sizes), max(sizes)) == (26, 50)  # 51 values, every second
+    assert min(sizes) >= 23 and max(sizes) == 50    # halving 51 values, give or take a few
 
 
 def test_a_thinned_sample_remembers_exact_statistics():

@@ -7,7 +7,6 @@ from mxnet import autograd, nd
 from reference import METHODS, Result
 
 from gluonquant import quantizers
-from gluonquant.quantizers.registry import TABLES
 
 BITS = (1, 2, 3, 4, 8)
 STATIC = {'static_alloc': True, 'static_shape': True}
@@ -36,8 +35,8 @@ class Case:
 
     def make(self, hybridized=False, **options):
         """A new quantizer."""
-        if self.per_channel:
-            options.setdefault('channels', self.shape[self.axis])
+        if self.per_channel or 'group_size' in dict(self.options):
+            options.setdefault('shape', self.shape)
         q = quantizers.create(self.name, self.bits, self.role, signed=self.signed, axis=self.axis,
                               per_channel=self.per_channel if self.role == 'weight' else None,
                               **dict(self.options), **options)
@@ -166,15 +165,10 @@ def _legal(**kwargs):
 
 def _cases():
     for role in ('weight', 'activation'):
-        classes = set()
         for name in quantizers.available(role):
             if name == 'none':
                 yield Case(name, role, 8)
                 continue
-            cls = TABLES[role].get(name)
-            if cls in classes:              # one class under two names
-                continue
-            classes.add(cls)
             grids = set()
             for bits in BITS:
                 for signed in (None,) if role == 'weight' else (False, True):

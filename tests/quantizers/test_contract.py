@@ -292,7 +292,7 @@ def test_a_quantizer_with_a_usual_range_survives_extreme_inputs(case):
 @pytest.mark.parametrize('value', [0.0, 0.7, -3.0, 1e30, 1e-30])
 def test_a_single_element_has_a_finite_output_and_gradient(case, value):
     x = np.full((1, 1), value, np.float32)
-    q = case.make(channels=1) if case.per_channel else case.make()
+    q = case.make(shape=x.shape) if case.per_channel else case.make()
     for training in (True, False):
         y, dx, dparams = run(q, x, training=training)
         for number in (y, dx, *dparams.values()):
@@ -369,14 +369,21 @@ def history(case, hybridized, order):
     return seen
 
 
-@over(EVERYTHING)
-@pytest.mark.parametrize('order', [(True, True, True, False), (False, True, False, True, True, False)],
-                         ids=['training-first', 'inference-first'])
-def test_hybridized_equals_imperative_to_the_last_bit(case, order):
+def assert_hybridized_equals_imperative(case, order):
     for static, dynamic in zip(history(case, True, order), history(case, False, order)):
         assert static.keys() == dynamic.keys()
         for name, value in dynamic.items():
             np.testing.assert_array_equal(static[name], value, err_msg=name)
+
+
+@over(EVERYTHING)
+def test_hybridized_equals_imperative_to_the_last_bit(case):
+    assert_hybridized_equals_imperative(case, (True, True, True, False))
+
+
+@over(few(EVERYTHING))
+def test_a_graph_that_ran_in_inference_first_equals_imperative_to_the_last_bit(case):
+    assert_hybridized_equals_imperative(case, (False, True, False, True, True, False))
 
 
 @over([case for case in ACTIVATIONS if case.bits == 4])
@@ -421,3 +428,93 @@ def test_identity_returns_its_input_and_has_no_codes(role):
         q.quantize(nd.array(x))
     with pytest.raises(RuntimeError, match='no scale and no zero point'):
         q.qparams()
+
+
+# ---------------------------------------------------------------- errors
+
+
+def names_by_role():
+    return [(role, name) for role in ('weight', 'activation') for name in quantizers.available(role) if name != 'none']
+
+
+every_method = pytest.mark.parametrize('role, name', names_by_role())
+
+
+@every_method
+@pytest.mark.parametrize('bits', [0, 2.5, 33, True, '4', None, -1])
+def test_other_bit_widths_are_an_error_that_shows_the_value(role, name, bits):
+    with pytest.raises(ValueError, match=rf'bits={bits!r}( is not a bit width: pass an integer from 1 to 16|: )'):
+        quantizers.create(name, bits, role)
+
+
+@pytest.mark.parametrize('role, name, options', [
+    ('weight', 'int8', {}), ('weight', 'lsq', {}), ('weight', 'lsqplus', {}), ('weight', 'qil', {}), ('weight', 'gdrq', {}),
+    ('weight', 'sawb', {}), ('activation', 'int8', {'signed': True}), ('activation', 'pact', {'signed': True}),
+    ('activation', 'gdrq', {'signed': True}), ('activation', 'lsq', {'signed': True})])
+def test_one_bit_is_an_error_where_it_leaves_no_useful_code(role, name, options):
+    with pytest.raises(ValueError, match=r'bits=1\b'):
+        quantizers.create(name, 1, role, **options)
+
+
+def test_one_bit_is_legal_elsewhere():
+    one_bit = {(case.role, case.name) for case in ROUNDING if case.bits == 1}
+    assert one_bit == {('weight', 'affine'), ('weight', 'fqn'), ('weight', 'dorefa')} | {
+        ('activation', name) for name in quantizers.available('activation') if name != 'none'}
+
+
+def test_nine_bits_are_too_many_for_sawb():
+    with pytest.raises(ValueError, match='bits=9: SAWB supports 2 to 8 bits'):
+        quantizers.create('sawb', 9)
+
+
+@every_method
+def test_an_unknown_option_is_a_type_error_that_names_it(role, name):
+    with pytest.raises(TypeError, match='no_such_option'):
+        quantizers.create(name, 4, role, no_such_option=1)
+
+
+@pytest.mark.parametrize('name', [name for role, name in names_by_role() if role == 'activation'])
+def test_activations_have_no_scale_per_channel(name):
+    with pytest.raises(ValueError, match='per_channel=True: .* quantizes activations, which have one scale'):
+        quantizers.create(name, 4, 'activation', per_channel=True)
+
+
+@pytest.mark.parametrize('name', ['dorefa', 'qil'])
+def test_methods_with_one_scale_per_tensor_refuse_channels(name):
+    with pytest.raises(ValueError, match='per_channel=True: '):
+        quantizers.create(name, 4, 'weight', per_channel=True)
+
+
+@pytest.mark.parametrize('name', [name for role, name in names_by_role() if role == 'weight'])
+def test_weights_have_both_signs(name):
+    with pytest.raises(ValueError, match='signed=False: .* quantizes weights, which have both signs'):
+        quantizers.create(name, 4, 'weight', signed=False)
+
+
+@pytest.mark.parametrize('name', ['cliprelu', 'dorefa', 'qil'])
+def test_unsigned_activations_refuse_signed_inputs(name):
+    with pytest.raises(ValueError, match='signed=True: '):
+        quantizers.create(name, 4, 'activation', signed=True)
+
+
+@pytest.mark.parametrize('axis', [2, -1, None, '0'])
+def test_weights_have_their_channels_on_axis_0_or_1(axis):
+    with pytest.raises(ValueError, match=rf'axis={axis!r}: output channels are axis 0, or 1'):
+        quantizers.create('int8', 8, axis=axis)
+
+
+@pytest.mark.parametrize('role, name, option, value', [
+    ('activation', 'int8', 'grad_mode', 'Clip'), ('activation', 'int8', 'ema_decay', 1.0),
+    ('activation', 'int8', 'ema_decay', -0.1), ('activation', 'affine', 'ema_decay', 2),
+    ('activation', 'affine', 'percentile', 50), ('activation', 'affine', 'percentile', 100.5),
+    ('activation', 'affine', 'grad_mode', None), ('activation', 'cliprelu', 'threshold', 0.0),
+    ('activation', 'cliprelu', 'threshold', float('nan')), ('weight', 'dorefa', 'rescale', 'mean'),
+    ('weight', 'sawb', 'grid', 'narrow'), ('weight', 'sawb', 'grad_mode', 'pass'), ('weight', 'gdrq', 'ktimes', 0),
+    ('weight', 'gdrq', 'alpha_mode', 'best'), ('weight', 'gdrq', 'group_size', 0), ('weight', 'gdrq', 'group_size', -2),
+    ('weight', 'gdrq', 'group_size', 1.0), ('activation', 'gdrq', 'ktimes', -1.0), ('activation', 'gdrq', 'lam', 0),
+    ('activation', 'gdrq', 'lam', 1.5), ('activation', 'lsq', 'delay_quant', -1), ('activation', 'pact', 'delay_quant', 1.5),
+    ('activation', 'int8', 'delay_quant', True), ('weight', 'lsq', 'ewgs', -0.2), ('weight', 'qil', 'ewgs', 0.2)])
+def test_a_wrong_option_value_is_an_error_that_shows_it(role, name, option, value):
+    shown = f'{option}={value!r}' if option != 'ewgs' or value < 0 else 'no element-wise gradient scaling'
+    with pytest.raises(ValueError, match=shown):
+        quantizers.create(name, 4, role, **{option: value})

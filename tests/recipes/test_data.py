@@ -150,3 +150,15 @@ def test_a_crop_larger_than_the_images_is_refused(folder):
     train, val, _ = data.read_directory(str(folder), None)
     with pytest.raises(ValueError, match='--input-size 32 does not fit into the training images of 16x16'):
         loaders(train, val, size=32)
+
+
+@pytest.mark.slow
+def test_the_preprocessing_gives_the_known_accuracy_of_cifar10(shared):
+    from gluoncv.model_zoo import get_model
+
+    from loop import evaluate
+    _, val, classes = data.read_directory(str(shared / 'data' / 'cifar10'), None)
+    net = get_model('cifar_resnet20_v1', classes=classes)
+    net.load_parameters(str(shared / 'weights' / 'cifar_resnet20_v1.params'))
+    net.hybridize(static_alloc=True, static_shape=True)
+    assert evaluate(net, loaders(val, val, batch_size=100, size=32).val) == 0.8676

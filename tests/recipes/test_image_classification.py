@@ -132,7 +132,8 @@ def test_interrupting_says_how_to_continue(straight, tmp_path):
 
 def test_a_float_checkpoint_is_quantized_without_training(straight, tmp_path):
     images, out, _ = straight
-    call(images, tmp_path, **{'--float-params': out / 'float.params', '--float-epochs': None, '--num-epochs': 0})
+    start = {'--float-params': out / 'float.params', '--float-epochs': None, '--num-epochs': 0}
+    call(images, tmp_path, **start)
     expected = results(out)['accuracy']
     assert results(tmp_path)['accuracy'] == {key: expected[key] for key in ('float', 'calibrated only')}
 

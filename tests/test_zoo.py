@@ -1,0 +1,65 @@
+"""Every classification net of both model zoos goes through the whole life of a quantized net."""
+import gc
+
+import mxnet as mx
+import numpy as np
+import pytest
+from mxnet import autograd, gluon, nd
+
+import gluonquant as gq
+from zoo import ZOO, build, entry_id
+
+
+def outputs(out):
+    return list(out) if isinstance(out, (list, tuple)) else [out]
+
+
+def run(net, x):
+    return [out.asnumpy() for out in outputs(net(x))]
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    yield
+    gc.collect()
+
+
+@pytest.mark.parametrize('entry', [pytest.param(entry, id=entry_id(entry), marks=[] if entry.fast else pytest.mark.slow)
+                                   for entry in ZOO])
+def test_net_converts_loads_calibrates_and_trains(entry, tmp_path):
+    mx.random.seed(0)
+    np.random.seed(0)
+    x = nd.array(np.random.RandomState(1).uniform(-1, 1, (2, 3, entry.size, entry.size)))
+    float_net = build(entry)
+    float_net.initialize(mx.init.Xavier(), force_reinit=True)
+    float_net.hybridize()
+    expected = run(float_net, x)
+    checkpoint = str(tmp_path / 'float.params')
+    float_net.save_parameters(checkpoint)
+    del float_net
+
+    net = gq.convert(build(entry), bits=4)
+    net.load_parameters(checkpoint, allow_missing=True)
+    gq.calibrate(net, [x])
+    assert all(row.calibrated == 'yes' for row in gq.summary(net).rows)
+
+    net.hybridize()
+    gq.set_mode(net, 'off')
+    for out, reference in zip(run(net, x), expected):
+        assert np.array_equal(out, reference)       # no quantization: the float net bit for bit
+
+    gq.set_mode(net, 'quantize')
+    quantized = run(net, x)
+    assert any(not np.array_equal(out, reference) for out, reference in zip(quantized, expected))
+    if not entry.train:
+        return
+    parameters = net.collect_params()
+    trainer = gluon.Trainer(parameters, 'sgd', {'learning_rate': 1e-3}, kvstore=None)
+    with autograd.record():
+        loss = sum((out ** 2).mean() for out in outputs(net(x)))
+    loss.backward()
+    for name, parameter in parameters.items():
+        if parameter.grad_req != 'null':
+            assert np.isfinite(parameter.grad().asnumpy()).all(), name
+    trainer.step(2)
+    assert np.isfinite(loss.asscalar())
