@@ -35,7 +35,7 @@ class Case:
 
     def make(self, hybridized=False, **options):
         """A new quantizer."""
-        if self.per_channel or 'group_size' in dict(self.options):
+        if self.role == 'weight' and (hybridized or self.per_channel or 'group_size' in dict(self.options)):
             options.setdefault('shape', self.shape)
         q = quantizers.create(self.name, self.bits, self.role, signed=self.signed, axis=self.axis,
                               per_channel=self.per_channel if self.role == 'weight' else None,
@@ -47,6 +47,8 @@ class Case:
 
     def ready(self, x, hybridized=False, **options):
         """A new quantizer with its ranges set from ``x``."""
+        if self.role == 'weight' and self.per_channel:
+            options.setdefault('shape', x.shape)
         q = self.make(hybridized, **options)
         if self.name != 'none':
             q.init_from(nd.array(x))
