@@ -41,7 +41,7 @@ class QuantizedLayer:
         layer.config = config
         layer.weight_quantizer = weight_quantizer
         layer.input_quantizer = input_quantizer
-        weight_quantizer.source = lambda: layer.weight if layer.weight._data is not None else None
+        weight_quantizer.bind(layer.weight)
         for quantizer in (weight_quantizer, input_quantizer):
             for parameter in quantizer.params.values():
                 parameter.like = layer.weight

@@ -51,7 +51,6 @@ class Quantizer(HybridBlock):
     marker = None               # name of the Parameter that is positive once a range exists
     default_range = False       # quantizes with a default range until a better one is known
     starts_by_itself = True     # the first training batch may set the range inside the graph
-    exportable = True           # values and encoder are affine-uniform
     tracks = False              # has state that follows the data, or learnable ranges: can be frozen
     ewgs_supported = False
 
@@ -64,7 +63,7 @@ class Quantizer(HybridBlock):
             raise ValueError(f'ewgs={ewgs!r}: delta must be a number >= 0')
         self.ewgs = ewgs
         self.where = self.name          # `convert` puts the path of the layer here, for messages
-        self.source = lambda: None      # `layers` puts the weight Parameter here
+        self._bound = ()                # the weight Parameter, by `bind`
         self.nested = False             # inside a net: `calibrate` is the way to set ranges
         self.consumers = 1              # how many layers read this quantizer's output in one forward pass
         self._dtype = 'float32'
@@ -235,11 +234,11 @@ class Quantizer(HybridBlock):
     def _on_use(self):
         if self.calibrated or self.value('mode')[0] == OFF:
             return
-        weight = self.source()
+        weight = self.source
         if autograd.is_training():
             if weight is not None:
                 with autograd.pause():
-                    self.init_from(weight.data())
+                    self.init_from(weight)
             elif not self.starts_by_itself and self.nested:
                 raise RuntimeError(
                     f'{self.where} ({type(self).__name__}) has no range yet and cannot train without one. '
@@ -250,6 +249,15 @@ class Quantizer(HybridBlock):
                           'Call gq.calibrate(net, loader), or load a quantized checkpoint.', stacklevel=2)
 
     # ---------------------------------------------------------------- ranges
+
+    def bind(self, weight):
+        """Remember the Parameter that this quantizer stands in front of (layers do it)."""
+        self._bound = (weight,)         # in a tuple, so that Gluon does not register it as ours
+
+    @property
+    def source(self):
+        """The array of the bound weight, or None."""
+        return self._bound[0].data() if self._bound and self._bound[0]._data is not None else None
 
     def init_from(self, x):
         """Set every range from data.

@@ -18,6 +18,9 @@ class Identity(HybridBlock):
         self.nested = False
         self.where = self.name
 
+    def bind(self, weight):
+        """Nothing to remember."""
+
     def hybrid_forward(self, F, x):
         return F.identity(x)
 

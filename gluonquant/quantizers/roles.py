@@ -104,9 +104,8 @@ class WeightQuantizer(Quantizer):
         self._set_frozen(True)
 
     def _weight(self, x):
-        if x is None and self.source() is not None:
-            x = self.source().data()
-        if x is None and self.holds:
+        x = self.source if x is None else x
+        if x is None and self.marker is None:
             raise RuntimeError(f'the scale of {self.where} ({type(self).__name__}) follows the weight: pass the weight')
         return x
 
