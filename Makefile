@@ -11,8 +11,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-# The package is used from the checkout; an inherited PYTHONPATH could hide the pinned versions.
-export PYTHONPATH := $(CURDIR)
+# An inherited PYTHONPATH could hide the pinned versions.
+unexport PYTHONPATH
 export GLUONQUANT_SHARED ?= $(realpath ../shared)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -41,6 +41,9 @@ endif
 $(VENV)/venv.stamp: tools/find_python.sh
 	@python=$$(tools/find_python.sh "$(PYTHON)") && echo "making $(VENV) with $$python" \
 	    && "$$python" -m venv --clear $(VENV)
+	@# As `pip install --editable .` would, without a build: the environment finds the package in this checkout.
+	@$(BIN)/python -c "import pathlib, sysconfig; \
+	    pathlib.Path(sysconfig.get_path('purelib'), 'gluonquant.pth').write_text('$(CURDIR)')"
 	@echo "$(PYTHON)" > $@
 
 $(VENV)/demo.stamp: $(VENV)/venv.stamp requirements/demo.txt requirements/gluoncv.txt

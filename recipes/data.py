@@ -6,6 +6,7 @@ interruption changes a pixel of what the network sees.
 """
 import io
 import os
+import signal
 from typing import NamedTuple, Tuple
 
 import mxnet as mx
@@ -296,8 +297,14 @@ def make_loaders(train, val, preset, size, batch_size, seed, calibration_batches
     batchify = Batchify(preset, size)
 
     def loader(images, batches, num_workers):
-        return gluon.data.DataLoader(images, batch_sampler=batches, batchify_fn=batchify,
-                                     num_workers=num_workers)
+        # Workers inherit this: Ctrl-C is answered once, by the main process.
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return gluon.data.DataLoader(images, batch_sampler=batches, batchify_fn=batchify,
+                                         num_workers=num_workers)
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
+
     return Loaders(loader(train, sampler, workers),
                    loader(val, CentreBatches(val, batch_size, preset, size, range(len(val))), workers),
                    loader(train, CentreBatches(train, batch_size, preset, size, chosen), 0),

@@ -242,7 +242,7 @@ def main():
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s', datefmt='%H:%M:%S', handlers=[
         logging.StreamHandler(), logging.FileHandler(os.path.join(args.save_dir, args.logging_file))])
     kept = [word for word in sys.argv if word not in ('--resume', '--overwrite')]
-    again = shlex.join(['python', *kept, '--resume'])
+    again = shlex.join([sys.executable, *kept, '--resume'])
     try:
         run(args)
     except KeyboardInterrupt:

@@ -54,7 +54,8 @@ def train_epoch(net, trainer, batches, count, title):
         bar.update(size)
 
     with tqdm(total=count, desc=title, unit='img', disable=None, leave=False) as bar:
-        for data, label in batches:
+        for batch in batches:
+            data, label = _on_device(batch)
             with autograd.record():
                 output = net(data)
                 loss = loss_function(output, label)
@@ -75,7 +76,8 @@ def evaluate(net, batches, title='validating'):
     """Top-1 accuracy over every image of `batches`, in 0..1."""
     right = count = 0
     size = None
-    for data, label in tqdm(batches, desc=title, unit='batch', disable=None, leave=False):
+    for batch in tqdm(batches, desc=title, unit='batch', disable=None, leave=False):
+        data, label = _on_device(batch)
         size = size or len(data)
         missing = size - len(data)
         if missing:     # static_shape plans memory for one batch size: fill up, then ignore the filling
@@ -84,6 +86,11 @@ def evaluate(net, batches, title='validating'):
         right += int((output.argmax(axis=1) == label).sum().asscalar())
         count += len(label)
     return right / count
+
+
+def _on_device(batch):
+    """Arrays where the network is: data workers leave theirs in shared memory."""
+    return [array.as_in_context(mx.current_context()) for array in batch]
 
 
 def hybridize(net, mode):

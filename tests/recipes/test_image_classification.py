@@ -87,7 +87,7 @@ def test_the_sine_schedule_rises_and_falls_to_zero(straight):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(straight, tmp_path):
-    """Kill at two random moments between the first checkpoint and the end, then let it finish."""
+    """Kill at two random moments between the first checkpoint and the end, then finish with a data worker."""
     images, expected, _ = straight
     moments = random.Random()
     for _ in range(2):
@@ -103,7 +103,7 @@ def test_a_killed_run_resumes_to_the_same_bits(straight, tmp_path):
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    done = execute(images, tmp_path, '--resume')
+    done = execute(images, tmp_path, '--resume', '-j', '1')
     assert done.returncode == 0, done.stdout
     assert 'continuing from' in done.stdout, f'killed {delay:.3f} s after the first new checkpoint'
     assert_same_weights(tmp_path, expected)
