@@ -2,16 +2,16 @@
 import mxnet as mx
 import numpy as np
 import pytest
-import strategies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from mxnet import autograd, nd
 from mxnet.gluon import HybridBlock
 from numpy.testing import assert_allclose, assert_array_equal
-from reference import dorefa
 
+import strategies
 from gluonquant import functional as Q
+from reference import dorefa
 
 floats = st.floats(-1e6, 1e6, width=32)
 vectors = arrays(np.float32, st.integers(1, 30), elements=floats)

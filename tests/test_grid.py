@@ -4,10 +4,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import strategies
 from hypothesis import given
 from hypothesis import strategies as st
 
+import strategies
 from gluonquant.grid import Grid, check_bits
 
 
@@ -54,7 +54,8 @@ def test_the_container_holds_the_bounds_and_no_smaller_one_does(grid):
 
 
 @pytest.mark.parametrize('grid, dtype', [
-    (Grid(8), 'int8'), (Grid(8, signed=False), 'uint8'), (Grid(8, midrise=True), 'int16'), (Grid(7, midrise=True), 'int8'),
+    (Grid(8), 'int8'), (Grid(8, signed=False), 'uint8'), (Grid(8, midrise=True), 'int16'),
+    (Grid(7, midrise=True), 'int8'),
     (Grid(9), 'int16'), (Grid(9, signed=False), 'uint16'), (Grid(16, midrise=True), 'int32')])
 def test_container_types(grid, dtype):
     assert grid.dtype == dtype

@@ -87,7 +87,8 @@ class AffineActivation(ActivationQuantizer):
             low, high = Q.percentile(F, flat, 100 - self.percentile), Q.percentile(F, flat, self.percentile)
         else:
             low, high = F.min(flat, axis=0), F.max(flat, axis=0)
-        learning = learning * Q.is_finite(F, low) * Q.is_finite(F, high) * (low <= high)
+        # Sorting hides NaN in some place; a batch with one must not move the range.
+        learning = learning * Q.is_finite(F, low) * Q.is_finite(F, high) * (1 - F.max(flat != flat, axis=0))
         unset = fixed['initialized'] <= 0
         return {'lo': Q.assign(F, params['lo'], Q.moving_average(F, fixed['lo'], low, self.ema_decay, learning,
                                                                  unset)),

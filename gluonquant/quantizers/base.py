@@ -115,6 +115,7 @@ class Quantizer(HybridBlock):
             value = np.asarray(value, dtype='float32').reshape(-1)
             parameter.shape = value.shape
             parameter.prepare()
+            parameter._finish_deferred_init()
             with autograd.pause():
                 parameter.set_data(nd.array(value))
         self._known_ready = False
@@ -150,8 +151,14 @@ class Quantizer(HybridBlock):
         return F.reshape_like(rows, x)
 
     def ready(self, F, fixed):
-        """1 once there is a range to quantize with, shape (1,)."""
-        return fixed[self.marker] > 0 if self.marker else F.ones((1,))
+        """1 where quantization is due, shape (1,)."""
+        return self.has_range(F, fixed)
+
+    def has_range(self, F, fixed):
+        """1 where there is a range to quantize with, shape (1,)."""
+        if self.marker is None:
+            return F.ones((1,))
+        return F.ones_like(fixed[self.marker]) if self.default_range else fixed[self.marker] > 0
 
     def advance(self, F, rows, mode, params, fixed):
         """Write the state of this forward pass; returns the new values by name."""
@@ -210,7 +217,7 @@ class Quantizer(HybridBlock):
         if isinstance(x, nd.NDArray):
             if x.size == 0:
                 return x
-            if not self.nested and not self.starts_by_itself and autograd.is_training() and not self.calibrated:
+            if autograd.is_training() and self._must_start_from(x):
                 self.init_from(x)
         if self.consumers == 1:
             return super().forward(x)
@@ -222,6 +229,10 @@ class Quantizer(HybridBlock):
         if self._shared[2] == 0:
             self._shared = None
         return out
+
+    def _must_start_from(self, x):
+        """Outside of a net, the first training batch sets ranges that the graph cannot set."""
+        return not (self.nested or self.starts_by_itself or self.calibrated or self.value('mode')[0] == OFF)
 
     @property
     def calibrated(self):
@@ -295,6 +306,7 @@ class Quantizer(HybridBlock):
     def quantize(self, x):
         """The integer codes of x on ``self.grid``: int32 NDArray of x's shape, equal to what training rounds to."""
         self._require_range()
+        self._complete(x)
         with autograd.pause():
             data = x.astype('float32')
             rows = self.rows(nd, data)
@@ -305,14 +317,27 @@ class Quantizer(HybridBlock):
                 code = nd.broadcast_add(code, zero_point)
             return self.unrows(nd, code, data).astype('int32')
 
+    def _complete(self, x):
+        """Give Parameters of unknown length their values, as a first forward pass would."""
+        if x is not None and any(parameter.shape == (0,) for parameter in self._reg_params.values()):
+            self.infer_shape(x)
+        for parameter in self._reg_params.values():
+            parameter.prepare()
+            parameter._finish_deferred_init()
+
     def _levels(self, x):
         self._require_range()
+        self._complete(x)
         with autograd.pause():
             rows = None if x is None else self.rows(nd, x.astype('float32'))
             fixed = self._fixed()
             scale, zero_point = self.hold(nd, *self.levels(nd, rows, fixed), fixed)
             zeros = np.zeros(scale.shape) if zero_point is None else zero_point.asnumpy()
-            return scale.asnumpy().reshape(-1), zeros.reshape(-1)
+            scale = scale.asnumpy().reshape(-1)
+        if not np.isfinite(scale).all():
+            raise RuntimeError(f'{self.where} ({type(self).__name__}) has the scale {scale[~np.isfinite(scale)][0]}: '
+                               'training has diverged or the weight is broken. Go back to an earlier checkpoint')
+        return scale, zeros.reshape(-1)
 
     def _fixed(self):
         return {name: nd.array(self.value(name)) for name in self._reg_params if name != 'mode'}

@@ -11,7 +11,7 @@ import numpy as np
 from .. import functional as Q
 from .. import observers
 from ..grid import Grid
-from .int8 import check_fraction, check_grad_mode
+from .int8 import check_grad_mode
 from .registry import activation, weight
 from .roles import ActivationQuantizer, WeightQuantizer
 
@@ -116,7 +116,9 @@ class GDRQActivation(_Phased, ActivationQuantizer):
         _check_ktimes(ktimes)
         super().__init__(bits, Grid(bits, signed, narrow_range=signed), **kwargs)
         self.ktimes = float(ktimes)
-        self.decay = check_fraction('1 - lam', 1 - lam)
+        if not 0 < lam <= 1:
+            raise ValueError(f'lam={lam!r}: pass a number in (0, 1]')
+        self.decay = 1.0 - lam
         self.grad_mode = check_grad_mode(grad_mode)
         with self.name_scope():
             self.threshold = self.state('threshold')

@@ -74,7 +74,12 @@ class Int8Activation(ActivationQuantizer):
     def track(self, F, rows, learning, params, fixed):
         batch = F.reshape(F.max(F.abs(rows) if self.grid.signed else F.maximum(rows, 0), axis=1), shape=(1,))
         amax = Q.moving_average(F, fixed['amax'], batch, self.ema_decay, learning, fixed['amax'] <= 0)
-        return {'amax': Q.assign(F, params['amax'], amax)}
+        return {'amax': Q.assign(F, params['amax'], amax), 'measured': learning * Q.is_finite(F, batch)}
+
+    def has_range(self, F, fixed):
+        # A first batch without a positive value leaves an unsigned amax at 0, but its range is known to be empty.
+        known = fixed['amax'] > 0
+        return F.broadcast_maximum(known, fixed['measured']) if 'measured' in fixed else known
 
     def levels(self, F, rows, fixed):
         return F.maximum(F.reshape(fixed['amax'], shape=(1, 1)), Q.EPS) / self.grid.qmax, None

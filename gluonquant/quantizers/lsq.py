@@ -43,6 +43,7 @@ class LearnedStep:
     def surrogate(self, F, rows, on, code, scale, zero_point, params, fixed, data):
         v = F.broadcast_div(F.BlockGrad(rows), scale)
         middle = (v > self.grid.qmin) * (v < self.grid.qmax)
+        v = Q.limit(F, v, self.grid.qmin, self.grid.qmax)       # x / scale may overflow, and 0 * inf is NaN
         factor = gradient_factor(F, self.elements(F, data), self.grid.qmax) * (1 - fixed['frozen']) * on
         step = F.broadcast_mul(Q.zero_with_gradient(F, F.reshape(params['scale'], shape=(-1, 1))), factor)
         passed = F.broadcast_maximum(middle, 1 - on) * Q.zero_with_gradient(F, rows)

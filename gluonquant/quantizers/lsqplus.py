@@ -86,14 +86,16 @@ class LSQPlusActivation(ActivationQuantizer):
 
     def decode(self, F, code, scale, on, fixed):
         _, zero_point = self.levels(F, None, fixed)
-        shift = self.shift(F, scale, zero_point, fixed)
-        value = F.broadcast_mul(F.broadcast_add(code, zero_point), F.broadcast_mul(scale, on))
-        return F.broadcast_add(value, F.broadcast_mul(shift, on))
+        offset = F.reshape(fixed['offset'], shape=(1, 1))
+        real = F.broadcast_add(F.broadcast_mul(F.broadcast_add(code, zero_point), scale), offset)
+        deployed = F.broadcast_mul(code, scale)     # not through the offset: that would round three times
+        return F.broadcast_mul(Q.choose(F, fixed['nudged'], deployed, real), on)
 
     def surrogate(self, F, rows, on, code, scale, zero_point, params, fixed, data):
         shift = self.shift(F, scale, zero_point, fixed)
         v = F.broadcast_div(F.broadcast_sub(F.BlockGrad(rows), shift), scale)
         middle = (v > self.grid.qmin) * (v < self.grid.qmax)
+        v = Q.limit(F, v, self.grid.qmin, self.grid.qmax)       # x / scale may overflow, and 0 * inf is NaN
         data = F.BlockGrad(data)
         shape = F.cast(F.shape_array(data), 'float32')
         elements = F.cast(F.size_array(data), 'float32') / F.slice_axis(shape, axis=0, begin=0, end=1)

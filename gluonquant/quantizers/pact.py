@@ -36,9 +36,6 @@ class PACT(ActivationQuantizer):
     def initial(self, x):
         return {'alpha': max(self.seen(x).range(self.grid)[1], 1e-3), 'initialized': 1.0}
 
-    def ready(self, F, fixed):
-        return F.ones_like(fixed['initialized'])
-
     def levels(self, F, rows, fixed):
         return F.maximum(F.reshape(fixed['alpha'], shape=(1, 1)), Q.EPS) / self.grid.qmax, None
 

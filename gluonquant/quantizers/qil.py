@@ -39,8 +39,8 @@ class Interval:
         t0 = max(float(t0), Q.EPS)
         return {'start': t0, 'distance': t0 / 2, 'center': t0 / 2, 'initialized': 1.0}
 
-    def ready(self, F, fixed):
-        return super().ready(F, fixed) * F.ones_like(fixed['start'])
+    def has_range(self, F, fixed):
+        return super().has_range(F, fixed) * F.ones_like(fixed['start'])
 
     def levels(self, F, rows, fixed):
         center, distance = fixed['center'], fixed['distance']

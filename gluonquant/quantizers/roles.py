@@ -40,9 +40,7 @@ class WeightQuantizer(Quantizer):
         self.axis = axis
         self.group_size = group_size
         self.shape = shape
-        self.channels = shape[axis] if shape else 0
-        if self.channels % group_size:
-            raise ValueError(f'group_size={group_size} does not divide the {self.channels} output channels of {self.where}')
+        self._set_channels(shape[axis] if shape else 0)
         if self.holds:
             with self.name_scope():
                 self.held_scale = self.state('held_scale', shape=self.scale_shape())
@@ -53,8 +51,14 @@ class WeightQuantizer(Quantizer):
         """Shape of a Parameter with one value per row; (0,) while the number of channels is unknown."""
         return (self.channels // self.group_size,) if self.per_channel else (1,)
 
+    def _set_channels(self, channels):
+        if channels % self.group_size:
+            raise ValueError(f'group_size={self.group_size} does not divide the {channels} output channels of '
+                             f'{self.where}')
+        self.channels = channels
+
     def infer_shape(self, x):
-        self.channels = x.shape[self.axis]
+        self._set_channels(x.shape[self.axis])
         shape = self.scale_shape()
         for parameter in self._reg_params.values():
             if parameter.shape == (0,):

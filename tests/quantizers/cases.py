@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 from mxnet import autograd, nd
-from reference import METHODS, Result
 
 from gluonquant import quantizers
+from reference import METHODS, Result
 
 BITS = (1, 2, 3, 4, 8)
 STATIC = {'static_alloc': True, 'static_shape': True}

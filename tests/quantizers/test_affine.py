@@ -1,12 +1,14 @@
 """Affine quantization with an integer zero point: min/max and FQN."""
 import numpy as np
 import pytest
-import strategies
 from cases import Case, infer, run, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mxnet import nd
 from numpy.testing import assert_allclose
+
+import strategies
+from gluonquant import quantizers
 
 few = settings(max_examples=50, deadline=None)
 ACTIVATION = Case('affine', 'activation', 4)
@@ -91,7 +93,6 @@ def test_the_batch_range_is_the_percentile_of_the_method(name, percentile):
 
 def test_fqn_weights_are_affine_per_channel():
     x = Case('fqn', 'weight', 4).data(1)
-    from gluonquant import quantizers
     same_bits(infer(quantizers.create('fqn', 4), x), infer(quantizers.create('affine', 4, per_channel=True), x))
 
 

@@ -1,11 +1,12 @@
 """Clipped ReLU with a fixed threshold."""
 import numpy as np
-import strategies
 from cases import Case, infer, run, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mxnet import nd
 from numpy.testing import assert_allclose
+
+import strategies
 
 CASE = Case('cliprelu', 'activation', 4)
 

@@ -10,8 +10,11 @@ from mxnet import autograd, nd
 from numpy.testing import assert_allclose
 
 from gluonquant import quantizers
+from reference import METHODS
 
-# The scale of these is a function of the present weight or batch; the others carry it in a Parameter.
+pytestmark = pytest.mark.filterwarnings('ignore:.*is not calibrated')
+
+# Their scale does not follow the data.
 GIVEN_SCALE = ('cliprelu', 'lsq', 'pact')
 SYMMETRIC = ('dorefa', 'gdrq', 'int8', 'lsq', 'lsqplus', 'pact', 'qil', 'sawb')
 
@@ -92,15 +95,14 @@ def test_the_second_training_pass_moves_the_state_by_the_decay_only(case):
 
 
 @over(ROUNDING)
-@pytest.mark.parametrize('training', [True, False], ids=['training', 'inference'])
-def test_the_output_is_scale_times_code_minus_zero_point_to_the_last_bit(case, training):
+def test_the_output_is_scale_times_code_minus_zero_point_to_the_last_bit(case):
     options = {'nudge_offset': True} if case.name == 'lsqplus' and case.role == 'activation' else {}
     q = trained(case, **options)
     x = case.data(3, 2.0)
-    y = run(q, x, training=training)[0]
-    scale, zero_point = q.qparams(nd.array(x))
-    codes = q.quantize(nd.array(x)).asnumpy()
-    same_bits(y, case.spread(scale) * (codes - case.spread(zero_point)).astype(np.float32))
+    for y in (run(q, x)[0], infer(q, x)):
+        scale, zero_point = q.qparams(nd.array(x))
+        codes = q.quantize(nd.array(x)).asnumpy()
+        same_bits(y, case.spread(scale) * (codes - case.spread(zero_point)).astype(np.float32))
 
 
 @over(ROUNDING)
@@ -268,7 +270,7 @@ EXTREMES = {
         shape) * 1e20}
 
 
-@over(few(ROUNDING))
+@over([case for case in ROUNDING if case.bits == 4])
 @pytest.mark.parametrize('kind', EXTREMES)
 def test_extreme_inputs_have_finite_outputs_gradients_and_state(case, kind):
     x = EXTREMES[kind](case.shape).astype(np.float32)
@@ -289,7 +291,7 @@ def test_a_quantizer_with_a_usual_range_survives_extreme_inputs(case):
 
 
 @over(few(ROUNDING))
-@pytest.mark.parametrize('value', [0.0, 0.7, -3.0, 1e30, 1e-30])
+@pytest.mark.parametrize('value', [0.0, -3.0, 1e30])
 def test_a_single_element_has_a_finite_output_and_gradient(case, value):
     x = np.full((1, 1), value, np.float32)
     q = case.make(shape=x.shape) if case.per_channel else case.make()
@@ -409,7 +411,6 @@ def test_tracing_to_a_symbol_keeps_the_numbers(case, tmp_path):
 
 
 def test_every_reference_has_a_quantizer_and_the_other_way_round():
-    from reference import METHODS
     assert set(METHODS) == set(quantizers.available())
 
 
@@ -448,8 +449,9 @@ def test_other_bit_widths_are_an_error_that_shows_the_value(role, name, bits):
 
 
 @pytest.mark.parametrize('role, name, options', [
-    ('weight', 'int8', {}), ('weight', 'lsq', {}), ('weight', 'lsqplus', {}), ('weight', 'qil', {}), ('weight', 'gdrq', {}),
-    ('weight', 'sawb', {}), ('activation', 'int8', {'signed': True}), ('activation', 'pact', {'signed': True}),
+    ('weight', 'int8', {}), ('weight', 'lsq', {}), ('weight', 'lsqplus', {}), ('weight', 'qil', {}),
+    ('weight', 'gdrq', {}), ('weight', 'sawb', {}),
+    ('activation', 'int8', {'signed': True}), ('activation', 'pact', {'signed': True}),
     ('activation', 'gdrq', {'signed': True}), ('activation', 'lsq', {'signed': True})])
 def test_one_bit_is_an_error_where_it_leaves_no_useful_code(role, name, options):
     with pytest.raises(ValueError, match=r'bits=1\b'):
@@ -512,7 +514,8 @@ def test_weights_have_their_channels_on_axis_0_or_1(axis):
     ('weight', 'sawb', 'grid', 'narrow'), ('weight', 'sawb', 'grad_mode', 'pass'), ('weight', 'gdrq', 'ktimes', 0),
     ('weight', 'gdrq', 'alpha_mode', 'best'), ('weight', 'gdrq', 'group_size', 0), ('weight', 'gdrq', 'group_size', -2),
     ('weight', 'gdrq', 'group_size', 1.0), ('activation', 'gdrq', 'ktimes', -1.0), ('activation', 'gdrq', 'lam', 0),
-    ('activation', 'gdrq', 'lam', 1.5), ('activation', 'lsq', 'delay_quant', -1), ('activation', 'pact', 'delay_quant', 1.5),
+    ('activation', 'gdrq', 'lam', 1.5), ('activation', 'lsq', 'delay_quant', -1),
+    ('activation', 'pact', 'delay_quant', 1.5),
     ('activation', 'int8', 'delay_quant', True), ('weight', 'lsq', 'ewgs', -0.2), ('weight', 'qil', 'ewgs', 0.2)])
 def test_a_wrong_option_value_is_an_error_that_shows_it(role, name, option, value):
     shown = f'{option}={value!r}' if option != 'ewgs' or value < 0 else 'no element-wise gradient scaling'

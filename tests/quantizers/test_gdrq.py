@@ -2,8 +2,9 @@
 import numpy as np
 import pytest
 from cases import STATIC, Case, compared, infer, run, same_bits
-from mxnet import nd
+from mxnet import gluon, nd
 from numpy.testing import assert_allclose
+
 from reference import observers
 
 WEIGHT, ACTIVATION = Case('gdrq', 'weight', 4), Case('gdrq', 'activation', 4)
@@ -129,11 +130,10 @@ def test_the_search_survives_saving(tmp_path):
 
 
 def test_entering_the_second_phase_searches_the_weight_of_the_layer():
-    from mxnet import gluon
     weight = gluon.Parameter('weight', shape=WEIGHT.shape)
     weight.initialize(init='uniform')
     q = WEIGHT.make(do_quant=False, alpha_mode='search')
-    q.source = lambda: weight
+    q.bind(weight)
     q.set_phase(True)
     expected = observers.mse(weight.data().asnumpy().astype(np.float64), -7, 7)
     assert_allclose(q.qparams().scale, expected / 7, rtol=1e-5)

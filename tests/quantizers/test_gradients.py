@@ -14,8 +14,6 @@ INPUT = 1e-5
 # Sums over hundreds of elements of both signs, in float32.
 PARAMETER = 1e-4
 
-TRAINING = pytest.mark.parametrize('training', [True, False], ids=['training', 'inference'])
-
 
 def assert_gradients(one):
     """Input and Parameter gradients of a `Pass` equal the reference's."""
@@ -100,7 +98,8 @@ def test_options_give_the_outputs_and_gradients_of_the_reference(case):
 EWGS = [Case(name, role, bits, signed, per_channel, options=(('ewgs', 0.2),))
         for name, role, signed, per_channel in [
             ('int8', 'weight', None, False), ('int8', 'weight', None, True), ('int8', 'activation', True, False),
-            ('int8', 'activation', False, False), ('affine', 'weight', None, True), ('affine', 'activation', None, False),
+            ('int8', 'activation', False, False), ('affine', 'weight', None, True),
+            ('affine', 'activation', None, False),
             ('lsq', 'weight', None, False), ('lsq', 'weight', None, True), ('lsq', 'activation', True, False),
             ('lsq', 'activation', False, False), ('pact', 'activation', True, False),
             ('pact', 'activation', False, False)]

@@ -1,12 +1,14 @@
 """Symmetric max-based quantization."""
 import numpy as np
 import pytest
-import strategies
 from cases import STATIC, Case, infer, run, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mxnet import nd
 from numpy.testing import assert_allclose
+
+import strategies
+from gluonquant import quantizers
 from reference import int8
 
 few = settings(max_examples=50, deadline=None)
@@ -53,7 +55,6 @@ def test_the_scale_is_the_largest_magnitude_over_qmax():
 
 
 def test_weights_are_quantized_per_channel_by_default():
-    from gluonquant import quantizers
     assert quantizers.create('int8', 8).per_channel
 
 

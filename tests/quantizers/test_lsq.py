@@ -1,13 +1,14 @@
 """LSQ: the learned step."""
 import numpy as np
 import pytest
-import strategies
 from cases import Case, infer, over, run, same_bits, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mxnet import autograd, nd
 from numpy.testing import assert_allclose
-from reference import lsq
+
+import strategies
+from reference import lsq, lsqplus
 
 UNSIGNED, SIGNED = Case('lsq', 'activation', 4), Case('lsq', 'activation', 4, True)
 ALL = [Case('lsq', 'weight', 3), Case('lsq', 'weight', 3, per_channel=True), Case('lsq', 'weight', 3, None, True, 1),
@@ -102,7 +103,6 @@ def test_very_large_inputs_do_not_spoil_the_step_gradient():
 
 
 def test_lsqplus_weights_start_at_three_standard_deviations():
-    from reference import lsqplus
     case = Case('lsqplus', 'weight', 4)
     x = case.data(1) + np.float32(0.3)
     expected = lsqplus.initial(x, 4, 'weight')

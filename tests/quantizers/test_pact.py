@@ -1,12 +1,13 @@
 """PACT: the learned clipping level."""
 import numpy as np
 import pytest
-import strategies
 from cases import Case, infer, run, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mxnet import gluon, nd
 from numpy.testing import assert_allclose
+
+import strategies
 from reference import pact
 
 UNSIGNED, SIGNED = Case('pact', 'activation', 4), Case('pact', 'activation', 4, True)

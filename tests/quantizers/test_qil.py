@@ -4,6 +4,7 @@ import pytest
 from cases import Case, compared, infer, over, run, same_bits
 from mxnet import gluon, nd
 from numpy.testing import assert_allclose
+
 from reference import qil
 
 WEIGHT, ACTIVATION = Case('qil', 'weight', 3), Case('qil', 'activation', 3)

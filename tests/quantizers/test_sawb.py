@@ -4,6 +4,7 @@ import pytest
 from cases import Case, infer, run, same_bits
 from mxnet import nd
 from numpy.testing import assert_allclose
+
 from reference.sawb import MIDRISE, TREAD
 
 

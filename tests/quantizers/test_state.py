@@ -34,7 +34,9 @@ def quiet():
 
 def statistics(case):
     """The state that follows the data."""
-    return [name for name in ('amax', 'lo', 'hi', 'threshold') if name in values(case.make()) and case.name != 'cliprelu']
+    if case.name == 'cliprelu':
+        return []
+    return [name for name in ('amax', 'lo', 'hi', 'threshold') if name in values(case.make())]
 
 
 FOLLOWING = [case for case in FEW_ACTIVATIONS if statistics(case)]
@@ -157,12 +159,12 @@ def difficult(case):
 @over(FEW)
 @STATIC
 @pytest.mark.parametrize('mode', [OFF, OBSERVE], ids=['off', 'observe'])
-@pytest.mark.parametrize('training', [True, False], ids=['training', 'inference'])
-def test_off_and_observe_return_x_to_the_last_bit(case, hybridized, mode, training):
+def test_off_and_observe_return_x_to_the_last_bit(case, hybridized, mode):
     q = case.ready(case.data(1), hybridized)
     q.set_mode(mode)
     x = difficult(case)
-    same_bits(run(q, x, training=training)[0], x)
+    same_bits(run(q, x)[0], x)
+    same_bits(infer(q, x), x)
 
 
 @over(FEW)
@@ -306,7 +308,7 @@ def test_qparams_and_codes_before_calibration_are_an_error(case):
     x = nd.array(case.data(1))
     assert not q.calibrated
     for ask in (q.qparams, q.quantize):
-        with pytest.raises(RuntimeError, match=rf'{q.where} \({type(q).__name__}\) has no range yet: call gq.calibrate'):
+        with pytest.raises(RuntimeError, match=rf'{q.where} \({type(q).__name__}\) has no range yet: call gq.cal'):
             ask(x)
 
 
@@ -408,7 +410,7 @@ BOUNDS = {'alpha': 1e-3, 'scale': 1e-8, 'gamma': 0.1}
 @pytest.mark.parametrize('push', ['pushed', 'natural'])
 def test_scales_stay_positive_through_100_hard_steps(case, push):
     x = case.data(1)
-    q = case.ready(x, **({'train_gamma': True} if (case.name, case.role) == ('qil', 'weight') else {}))
+    q = case.ready(x, True, **({'train_gamma': True} if (case.name, case.role) == ('qil', 'weight') else {}))
     trainer = gluon.Trainer(q.collect_params(), 'sgd', {'learning_rate': 10.0, 'momentum': 0.9})
     rng = np.random.default_rng(1)
     for step in range(100):
@@ -417,7 +419,7 @@ def test_scales_stay_positive_through_100_hard_steps(case, push):
             if push == 'pushed':                        # far below every bound, and now and then far above
                 parameter.grad()[:] = -1e3 if step % 20 == 19 else 1e3 * rng.random()
         trainer.step(1)
-        if step % 5 == 4:
+        if step % 10 < 2:
             assert (q.qparams(nd.array(x)).scale > 0).all()
             assert_within_bounds(q)
     assert np.isfinite(infer(q, x)).all()
