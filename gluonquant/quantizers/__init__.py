@@ -16,10 +16,10 @@ from .sawb import SAWB
 
 __all__ = [
     'OBSERVE', 'OFF', 'PACT', 'QUANTIZE', 'SAWB', 'ActivationIdentity', 'ActivationQuantizer', 'AffineActivation',
-    'AffineWeight', 'ClipReLU', 'DoReFaActivation', 'DoReFaWeight', 'FQNActivation', 'FQNWeight', 'GDRQActivation', 'GDRQWeight',
-    'Identity', 'Int8Activation', 'Int8Weight', 'LSQActivation', 'LSQPlusActivation', 'LSQPlusWeight', 'LSQWeight',
-    'QILActivation', 'QILWeight', 'QParams', 'Quantizer', 'WeightIdentity', 'WeightQuantizer', 'available', 'create',
-    'find',
+    'AffineWeight', 'ClipReLU', 'DoReFaActivation', 'DoReFaWeight', 'FQNActivation', 'FQNWeight', 'GDRQActivation',
+    'GDRQWeight', 'Identity', 'Int8Activation', 'Int8Weight', 'LSQActivation', 'LSQPlusActivation', 'LSQPlusWeight',
+    'LSQWeight', 'QILActivation', 'QILWeight', 'QParams', 'Quantizer', 'WeightIdentity', 'WeightQuantizer',
+    'available', 'create', 'find',
 ]
 
 

@@ -7,8 +7,25 @@ code = clip(R(x / s) + z, 0, L), y = (code - z) * s
 """
 import numpy as np
 
-from .common import (EDGE_MEASURED, EPS, Result, decode, divide, double, encode, ewgs_factor, gradient_mask, near_edge,
-                     near_half_measured, rows, single, spread, unquantized, unsigned_grid, vector)
+from .common import (
+    EDGE_MEASURED,
+    EPS,
+    Result,
+    decode,
+    divide,
+    double,
+    encode,
+    ewgs_factor,
+    gradient_mask,
+    near_edge,
+    near_half_measured,
+    rows,
+    single,
+    spread,
+    unquantized,
+    unsigned_grid,
+    vector,
+)
 
 
 def weight(x, g, bits, *, per_channel=False, axis=0, params=None, state=None, grad_mode='ste', ewgs=None):

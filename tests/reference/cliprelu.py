@@ -5,8 +5,20 @@ dx = g [0 <= x <= threshold]
 """
 import numpy as np
 
-from .common import (EPS, Result, decode, divide, double, encode, gradient_mask, near_edge, near_half, single,
-                     unquantized, unsigned_grid)
+from .common import (
+    EPS,
+    Result,
+    decode,
+    divide,
+    double,
+    encode,
+    gradient_mask,
+    near_edge,
+    near_half,
+    single,
+    unquantized,
+    unsigned_grid,
+)
 
 
 def activation(x, g, bits, *, signed=False, params=None, state=None, training=True, batch_axis=0, threshold=6.0):

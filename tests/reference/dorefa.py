@@ -7,8 +7,21 @@ gradients    g' = 2M (R(clip(g / (2M) + 1/2 + N, 0, 1) L) / L - 1/2), M = max|g|
 """
 import numpy as np
 
-from .common import (EPS, Result, decode, divide, double, encode, near_edge, near_half, per_tensor_only, round_half_even,
-                     single, unquantized, unsigned_grid)
+from .common import (
+    EPS,
+    Result,
+    decode,
+    divide,
+    double,
+    encode,
+    near_edge,
+    near_half,
+    per_tensor_only,
+    round_half_even,
+    single,
+    unquantized,
+    unsigned_grid,
+)
 
 
 def weight(x, g, bits, *, per_channel=False, axis=0, params=None, state=None, rescale=None, detach_max=False):
@@ -67,7 +80,7 @@ def activation(x, g, bits, *, signed=False, params=None, state=None, training=Tr
     product = single(clipped * L)                           # the paper multiplies by L, runtimes divide by the scale
     ties = near_half(v) | near_half(product) | (encode(product, qmin, L) != codes) | near_edge(x, 1.0)
     return Result(y=decode(x, codes * scale), codes=codes, scale=scale, zero_point=np.zeros(1, np.int64),
-                  dx=g * ((0 <= x) & (x <= 1)), ties=ties)
+                  dx=g * ((x >= 0) & (x <= 1)), ties=ties)
 
 
 def gradient(g, bits, noise, *, batch_axis=0):

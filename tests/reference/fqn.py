@@ -1,9 +1,10 @@
 """FQN: affine quantization with percentile ranges for activations (Li et al., CVPR 2019).
 
-Weights: min/max of the current channel, as in affine.py. Activations: range from the percentiles (100 - P, P), P = 99.9.
+Weights: min/max of the current channel, as in affine.py. Activations: the percentiles (100 - P, P), P = 99.9.
 """
 from . import affine
-from .affine import weight
+
+weight = affine.weight
 
 
 def activation(x, g, bits, *, percentile=99.9, **options):

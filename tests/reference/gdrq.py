@@ -9,9 +9,26 @@ In phase 1 codes and scale are those of phase 2, although y is not on the grid.
 """
 import numpy as np
 
-from .common import (EDGE_MEASURED, EPS, Result, decode, divide, double, encode, gradient_mask, narrow_grid, near_edge,
-                     near_half, near_half_measured, per_tensor_only, single, unquantized, unsigned_grid, vector,
-                     zeros_like_scale)
+from .common import (
+    EDGE_MEASURED,
+    EPS,
+    Result,
+    decode,
+    divide,
+    double,
+    encode,
+    gradient_mask,
+    narrow_grid,
+    near_edge,
+    near_half,
+    near_half_measured,
+    per_tensor_only,
+    single,
+    unquantized,
+    unsigned_grid,
+    vector,
+    zeros_like_scale,
+)
 
 
 def weight(x, g, bits, *, per_channel=False, axis=0, params=None, state=None, ktimes=2.0, group_size=-1, do_quant=True,

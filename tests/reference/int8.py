@@ -5,9 +5,27 @@ activations  amax = EMA of the batch maximum; s = max(amax, EPS) / Q (signed) or
 """
 import numpy as np
 
-from .common import (EPS, Result, decode, divide, double, encode, ewgs_factor, gradient_mask, narrow_grid, near_edge,
-                     near_half, near_half_measured, rows, single, spread, unquantized, unsigned_grid, vector,
-                     zeros_like_scale)
+from .common import (
+    EPS,
+    Result,
+    decode,
+    divide,
+    double,
+    encode,
+    ewgs_factor,
+    gradient_mask,
+    narrow_grid,
+    near_edge,
+    near_half,
+    near_half_measured,
+    rows,
+    single,
+    spread,
+    unquantized,
+    unsigned_grid,
+    vector,
+    zeros_like_scale,
+)
 
 
 def weight(x, g, bits, *, per_channel=False, axis=0, params=None, state=None, grad_mode='ste', ewgs=None):

@@ -8,8 +8,25 @@ Chain rule with EWGS: y = q s and v = x / s give ds = G sum g (q - f v [qmin < v
 """
 import numpy as np
 
-from .common import (EPS, Result, decode, divide, double, encode, ewgs_factor, full_grid, near_edge, near_half, rows,
-                     single, spread, unquantized, unsigned_grid, vector, zeros_like_scale)
+from .common import (
+    EPS,
+    Result,
+    decode,
+    divide,
+    double,
+    encode,
+    ewgs_factor,
+    full_grid,
+    near_edge,
+    near_half,
+    rows,
+    single,
+    spread,
+    unquantized,
+    unsigned_grid,
+    vector,
+    zeros_like_scale,
+)
 
 
 def weight(x, g, bits, *, per_channel=False, axis=0, params=None, state=None, ewgs=None):

@@ -6,9 +6,26 @@ weights      LSQ, started at max(|mu - 3 sigma|, |mu + 3 sigma|) / 2^(n-1)
 """
 import numpy as np
 
-from .common import (EPS, Result, decode, divide, double, encode, ewgs_factor, full_grid, near_edge, near_half,
-                     round_half_even, single, unquantized, unsigned_grid, vector)
-from .lsq import weight
+from . import lsq
+from .common import (
+    EPS,
+    Result,
+    decode,
+    divide,
+    double,
+    encode,
+    ewgs_factor,
+    full_grid,
+    near_edge,
+    near_half,
+    round_half_even,
+    single,
+    unquantized,
+    unsigned_grid,
+    vector,
+)
+
+weight = lsq.weight
 
 
 def activation(x, g, bits, *, signed=False, params=None, state=None, training=True, batch_axis=0, nudge_offset=False,
@@ -41,7 +58,7 @@ def activation(x, g, bits, *, signed=False, params=None, state=None, training=Tr
 
 
 def initial(x, bits, role, signed=False, *, refine=True):
-    """Activations: the range [min, max] times the factor of 0.2..1 with the smallest squared error. Weights: 3 sigma."""
+    """Activations: the range [min, max] times the factor of 0.2..1 of least squared error. Weights: 3 sigma."""
     x = double(x)
     if role == 'weight':
         full_grid(bits)

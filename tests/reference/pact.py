@@ -9,8 +9,23 @@ EWGS scales dx inside the interval; dalpha has no rounding residual, so nothing 
 import numpy as np
 
 from . import observers
-from .common import (EPS, Result, decode, divide, double, encode, ewgs_factor, narrow_grid, near_edge, near_half, single,
-                     unquantized, unsigned_grid, vector, zeros_like_scale)
+from .common import (
+    EPS,
+    Result,
+    decode,
+    divide,
+    double,
+    encode,
+    ewgs_factor,
+    narrow_grid,
+    near_edge,
+    near_half,
+    single,
+    unquantized,
+    unsigned_grid,
+    vector,
+    zeros_like_scale,
+)
 
 
 def activation(x, g, bits, *, signed=False, params=None, state=None, training=True, batch_axis=0, ewgs=None):
@@ -25,7 +40,7 @@ def activation(x, g, bits, *, signed=False, params=None, state=None, training=Tr
     else:
         qmin, qmax = unsigned_grid(bits)
         lower = 0 * a
-        inside, saturated = (0 <= x) & (x < a), x >= a
+        inside, saturated = (x >= 0) & (x < a), x >= a
     scale = single(a / qmax)
 
     v = divide(np.clip(x, lower, a), scale)

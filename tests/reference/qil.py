@@ -9,8 +9,22 @@ r = 1 (paper) or r = t (rescale=True).
 import numpy as np
 
 from . import observers
-from .common import (EDGE, EPS, Result, decode, divide, double, encode, narrow_grid, near_half, per_tensor_only, single,
-                     unquantized, unsigned_grid, vector)
+from .common import (
+    EDGE,
+    EPS,
+    Result,
+    decode,
+    divide,
+    double,
+    encode,
+    narrow_grid,
+    near_half,
+    per_tensor_only,
+    single,
+    unquantized,
+    unsigned_grid,
+    vector,
+)
 
 
 def weight(x, g, bits, *, per_channel=False, axis=0, params=None, state=None, rescale=True):

@@ -6,8 +6,25 @@ tread     code = clip(R(w / scale), -Q, Q), scale = a / Q
 """
 import numpy as np
 
-from .common import (EDGE_MEASURED, EPS, Result, decode, divide, double, encode, gradient_mask, narrow_grid, near_edge,
-                     near_half_measured, rows, single, spread, unquantized, unsigned_grid, zeros_like_scale)
+from .common import (
+    EDGE_MEASURED,
+    EPS,
+    Result,
+    decode,
+    divide,
+    double,
+    encode,
+    gradient_mask,
+    narrow_grid,
+    near_edge,
+    near_half_measured,
+    rows,
+    single,
+    spread,
+    unquantized,
+    unsigned_grid,
+    zeros_like_scale,
+)
 
 MIDRISE = {2: (3.12, -2.064), 3: (7.509, -6.892), 4: (12.68, -12.80), 5: (17.74, -18.64), 6: (22.20, -24.02),
            7: (27.27, -30.03)}
@@ -49,4 +66,5 @@ def weight(x, g, bits, *, per_channel=False, axis=0, params=None, state=None, gr
 
     dx = g * gradient_mask(grad_mode, x, -a_x, a_x)
     ties |= near_edge(x, -a_x, EDGE_MEASURED) | near_edge(x, a_x, EDGE_MEASURED)
-    return Result(y=decode(x, codes * s), codes=codes, scale=scale, zero_point=zeros_like_scale(scale), dx=dx, ties=ties)
+    return Result(y=decode(x, codes * s), codes=codes, scale=scale, zero_point=zeros_like_scale(scale), dx=dx,
+                  ties=ties)

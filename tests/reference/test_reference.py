@@ -7,7 +7,7 @@ from . import METHODS, affine, cliprelu, dorefa, fqn, gdrq, int8, lsq, lsqplus, 
 from .common import EPS, near_edge, near_half, near_half_measured, round_half_even
 
 # Parameters and scales are rounded to float32 (relative error 6e-8); sums of a few of them stay below this.
-CLOSE = dict(rtol=1e-6, atol=1e-9)
+CLOSE = {'rtol': 1e-6, 'atol': 1e-9}
 
 
 def f32(*values):
@@ -30,7 +30,8 @@ def test_exact_halves_and_exact_edges_are_not_ties():
 
 
 def test_exact_halves_of_a_measured_scale_are_ties_unless_the_scale_is_a_short_number():
-    assert_array_equal(near_half_measured(np.array([0.5, 0.5, 0.3]), np.array([0.75, 1 / 3, 1 / 3])), [False, True, False])
+    marked = near_half_measured(np.array([0.5, 0.5, 0.3]), np.array([0.75, 1 / 3, 1 / 3]))
+    assert_array_equal(marked, [False, True, False])
 
 
 # int8
@@ -201,7 +202,7 @@ def test_dorefa_weight_codes():
 def test_dorefa_weight_gradient():
     x = np.arctanh([0.6, -0.3, 0.3]).astype(np.float32)     # sum g t = 1.2; dt_0 = 1 / 0.6 - 1.2 / 0.36
     g = np.array([1., 2, 4])
-    tolerance = dict(rtol=1e-6)                             # x was rounded to float32
+    tolerance = {'rtol': 1e-6}                             # x was rounded to float32
     assert_allclose(dorefa.weight(x, g, 2).dx, [-1.0666667, 3.0333333, 6.0666667], **tolerance)
     assert_allclose(dorefa.weight(x, g, 2, detach_max=True).dx, [1.0666667, 3.0333333, 6.0666667], **tolerance)
 
@@ -214,7 +215,8 @@ def test_dorefa_tied_maxima_share_their_term():
 
 def test_dorefa_weight_gradient_is_the_derivative_without_rounding():
     x, g = np.random.RandomState(0).randn(7), np.random.RandomState(1).randn(7)
-    loss = lambda w: np.sum(g * np.tanh(w) / np.abs(np.tanh(w)).max())
+    def loss(w):
+        return np.sum(g * np.tanh(w) / np.abs(np.tanh(w)).max())
     assert_allclose(dorefa.weight(x, g, 4).dx, numeric(loss, x), rtol=1e-6, atol=1e-8)      # of central differences
 
 
@@ -454,7 +456,8 @@ def test_nan_is_never_hidden(name, role):
 
 
 @pytest.mark.parametrize('call', [lambda x: int8.weight(x, x, 1), lambda x: gdrq.weight(x, x, 1),
-                                  lambda x: qil.weight(x, x, 1, params=PARAMS), lambda x: lsq.weight(x, x, 1, params=PARAMS),
+                                  lambda x: qil.weight(x, x, 1, params=PARAMS),
+                                  lambda x: lsq.weight(x, x, 1, params=PARAMS),
                                   lambda x: pact.activation(x, x, 1, signed=True, params=PARAMS)])
 def test_one_bit_has_no_useful_signed_grid(call):
     with pytest.raises(ValueError, match='needs bits >= 2'):
