@@ -53,6 +53,7 @@ class Quantizer(HybridBlock):
     starts_by_itself = True     # the first training batch may set the range inside the graph
     tracks = False              # has state that follows the data, or learnable ranges: can be frozen
     ewgs_supported = False
+    grad_mode = 'ste'           # 'clip': no gradient outside the representable range
 
     def __init__(self, bits, grid, ewgs=None, prefix=None, params=None):
         super().__init__(prefix=prefix, params=params)
@@ -80,8 +81,6 @@ class Quantizer(HybridBlock):
         check_bits(bits)
         if not cls.min_bits <= bits <= cls.max_bits:
             raise ValueError(f'bits={bits}: {cls.__name__} supports {cls.min_bits} to {cls.max_bits} bits')
-
-    # ---------------------------------------------------------------- parameters
 
     def state(self, name, shape=(1,), init=0.0):
         """A saved value that no optimizer touches."""
@@ -124,8 +123,6 @@ class Quantizer(HybridBlock):
         """Parameters stay float32 whatever the network's type; only inputs and outputs change."""
         self._dtype = np.dtype(dtype).name
         self._clear_cached_op()
-
-    # ---------------------------------------------------------------- forward
 
     def hybrid_forward(self, F, x, mode, **params):
         data = x if self._dtype == 'float32' else F.cast(x, 'float32')
@@ -187,7 +184,7 @@ class Quantizer(HybridBlock):
     def surrogate(self, F, rows, on, code, scale, zero_point, params, fixed, data):
         """Zeros (R, K) that carry the gradient: here the identity, or the mask of ``clip``."""
         zeros = Q.zero_with_gradient(F, rows)
-        if getattr(self, 'grad_mode', 'ste') == 'clip':
+        if self.grad_mode == 'clip':
             low, high = self.bounds(F, scale, zero_point, fixed)
             zeros = zeros * self.mask(F, rows, low, high, on)
         return self.scale_gradient(F, zeros, rows, on, code, scale, zero_point)
@@ -211,13 +208,11 @@ class Quantizer(HybridBlock):
         offset = F.zeros_like(scale) if zero_point is None else zero_point
         return (self.grid.qmin - offset) * scale, (self.grid.qmax - offset) * scale
 
-    # ---------------------------------------------------------------- calls
-
     def forward(self, x):
         if isinstance(x, nd.NDArray):
             if x.size == 0:
                 return x
-            if autograd.is_training() and self._must_start_from(x):
+            if autograd.is_training() and self._must_start():
                 self.init_from(x)
         if self.consumers == 1:
             return super().forward(x)
@@ -230,7 +225,7 @@ class Quantizer(HybridBlock):
             self._shared = None
         return out
 
-    def _must_start_from(self, x):
+    def _must_start(self):
         """Outside of a net, the first training batch sets ranges that the graph cannot set."""
         return not (self.nested or self.starts_by_itself or self.calibrated or self.value('mode')[0] == OFF)
 
@@ -259,8 +254,6 @@ class Quantizer(HybridBlock):
             warnings.warn(f'{self.where} ({type(self).__name__}) is not calibrated: its input passes unquantized. '
                           'Call gq.calibrate(net, loader), or load a quantized checkpoint.', stacklevel=2)
 
-    # ---------------------------------------------------------------- ranges
-
     def bind(self, weight):
         """Remember the Parameter that this quantizer stands in front of (layers do it)."""
         self._bound = (weight,)         # in a tuple, so that Gluon does not register it as ours
@@ -283,8 +276,6 @@ class Quantizer(HybridBlock):
     def initial(self, x):
         """The values ``init_from`` would write, by Parameter name; {} for methods that need none."""
         return {}
-
-    # ---------------------------------------------------------------- deployment
 
     def qparams(self, x=None):
         """Scale and zero point as deployed, `QParams`.
@@ -353,8 +344,6 @@ class Quantizer(HybridBlock):
     def per_axis(self, values):
         """One value per row -> one value per channel."""
         return values
-
-    # ---------------------------------------------------------------- switches
 
     def freeze(self):
         """Stop following the data: state stays, learnable ranges get no gradient and no optimizer step."""
