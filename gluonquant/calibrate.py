@@ -1,5 +1,6 @@
 """`calibrate`: run batches through the float net, watch every input of a quantized layer, set the ranges."""
 import logging
+import math
 from contextlib import contextmanager
 from itertools import islice
 
@@ -55,11 +56,13 @@ def calibrate(net, loader, batches=10, *, observer=None, table=None, forward=Non
     fixed = _from_table(table or {}, converted, inputs)
     watching.update(fixed)
 
-    with _observing(net, {inputs[path]: (path, seen) for path, seen in watching.items()}, skip=fixed), \
-            autograd.pause(train_mode=False):
-        count = 0
+    watched = {inputs[path]: (path, seen) for path, seen in watching.items() if path not in fixed}
+    shown = {}      # what each quantizer has been shown of the present batch
+    count = 0
+    with _observing(net, watched, shown), autograd.pause(train_mode=False):
         for batch in islice(loader, batches):
             count += 1
+            shown.clear()
             if forward is not None:
                 forward(net, batch)
             else:
@@ -76,7 +79,10 @@ def calibrate(net, loader, batches=10, *, observer=None, table=None, forward=Non
             values.append((layer.weight_quantizer, layer.weight_quantizer.initial(layer.weight.data())))
     for quantizer, initial in values:
         quantizer.write(**initial)
-    return {path: inputs[path].affine_bounds() for path, seen in watching.items() if seen.count}
+    empty = [path for path, seen in watching.items() if seen.count and not inputs[path].calibrated]
+    if empty:
+        _log.warning('only zeros reached %s: still without a range', ', '.join(empty))
+    return {path: inputs[path].affine_bounds() for path, seen in watching.items() if seen.count and path not in empty}
 
 
 def _from_table(table, converted, inputs):
@@ -88,15 +94,26 @@ def _from_table(table, converted, inputs):
         known = [name for name, other in inputs.items() if other is quantizer]
         if not known:
             raise ValueError(f'table names {path!r}, whose input is not quantized')
-        low, high = value if isinstance(value, (tuple, list)) else (-value if quantizer.grid.signed else 0.0, value)
         seen = observers.create('minmax')
-        seen.update(nd.array([low, high]))
+        seen.update(nd.array(_range(path, value, quantizer.grid.signed)))
         fixed[known[0]] = seen
     return fixed
 
 
+def _range(path, value, signed):
+    """A table entry as [lo, hi]."""
+    try:
+        low, high = value if isinstance(value, (tuple, list)) else (-value if signed else 0.0, value)
+        low, high = float(low), float(high)
+    except (TypeError, ValueError):
+        low, high = 0.0, 0.0
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f'table gives {path!r} the range {value!r}: pass a positive amax, or (lo, hi) with lo < hi')
+    return [low, high]
+
+
 @contextmanager
-def _observing(net, watching, skip):
+def _observing(net, watched, shown):
     """Replace every quantizer by one that only looks; unhybridize; undo both on the way out."""
     hybrid = [block for _, block in named_blocks(net) if isinstance(block, HybridBlock) and block._active]
     everything = list(quantizers(net).values())
@@ -104,7 +121,7 @@ def _observing(net, watching, skip):
         for block in hybrid:
             block._active = False
         for quantizer in everything:
-            quantizer.forward = _look(quantizer.forward, *watching.get(quantizer, (None, None)), skip)
+            quantizer.forward = _look(quantizer, *watched.get(quantizer, (None, None)), shown)
         yield
     finally:
         for quantizer in everything:
@@ -113,15 +130,15 @@ def _observing(net, watching, skip):
             block._active = True
 
 
-def _look(original, path, observer, skip):
+def _look(quantizer, path, observer, shown):
     """A forward that passes x on after showing it to the observer; symbols (shape inference) go the usual way."""
-    last = [None]
+    original = quantizer.forward
 
     def forward(x):
         if not isinstance(x, nd.NDArray):
             return original(x)
-        if observer is not None and path not in skip and x is not last[0]:
-            last[0] = x     # layers that share the quantizer bring the same tensor
+        if observer is not None and shown.get(quantizer) is not x:
+            shown[quantizer] = x        # layers that share the quantizer bring the same tensor
             try:
                 observer.update(x)
             except ValueError as error:

@@ -5,15 +5,14 @@ with what `convert` decided for each layer. It is written beside its place and m
 """
 import json
 import os
-import zipfile
 from contextlib import suppress
 
 import numpy as np
 from mxnet import nd
 
 from .config import PLAN_VERSION, LayerConfig
-from .convert import apply, clear_caches
-from .layers import layers, named_blocks, quantizers
+from .convert import apply, clear_caches, undo
+from .layers import layers, named_blocks
 from .switches import batchnorms
 
 _PLAN = 'plan'
@@ -33,6 +32,7 @@ def save(net, path):
     converted = layers(net)
     if not converted:
         raise ValueError(f'{type(net).__name__} has no quantized layer: save it with net.save_parameters(path)')
+    nd.waitall()        # reading does not wait for what a static graph still writes, BatchNorm's statistics too
     arrays = {}
     for name, parameter in net._collect_params_with_prefix().items():
         if parameter._data is None and not hasattr(parameter, 'prepare'):
@@ -72,21 +72,19 @@ def load(path, net, ctx=None):
         The file is damaged, not one of ours, or made from another net: the first difference is named. The net is
         then as it was.
     """
-    plan, arrays = _read(path)
-    frozen = plan['frozen_batchnorm']
-    configs = {name: LayerConfig.from_dict({key: value for key, value in values.items() if key != _FLOAT_NAME})
-               for name, values in plan['layers'].items()}
+    classes, configs, frozen, arrays = _read(path)
     converted = layers(net)
-    _check_layers(path, net, plan['layers'], configs, converted)
+    _check_layers(path, net, classes, configs, converted)
     if not converted:
-        apply(net, configs)
+        try:
+            apply(net, configs)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f'{path}: {error}') from None
     try:
         _check_parameters(path, net, arrays)
     except ValueError:
         if not converted:
-            for layer in layers(net).values():
-                layer.to_float()
-            clear_caches(net)
+            undo(net)
         raise
     for name, parameter in net._collect_params_with_prefix().items():
         if parameter._data is None and not parameter._deferred_init:
@@ -95,43 +93,43 @@ def load(path, net, ctx=None):
             parameter._load_init(nd.array(arrays[name], dtype=arrays[name].dtype), None)
     for name, block in batchnorms(net).items():
         block._kwargs['use_global_stats'] = name in frozen
-    for quantizer in quantizers(net).values():
-        if getattr(quantizer, 'tracks', False) and quantizer.value('frozen')[0]:
-            quantizer._set_frozen(True)
     clear_caches(net)
     return net
 
 
 def _read(path):
+    """(float class, LayerConfig) by layer, frozen BatchNorm layers, and arrays by Parameter name."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             if _PLAN not in archive:
-                raise ValueError(f'{path}: no plan inside, so this is not a file of gq.save')
+                raise ValueError('no plan inside, so this is not a file of gq.save')
             plan = json.loads(str(archive[_PLAN]))
             arrays = {name[2:]: archive[name] for name in archive.files if name.startswith('p:')}
-    except (zipfile.BadZipFile, EOFError, OSError, KeyError, ValueError, TypeError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        reason = str(error)
-        raise ValueError(reason if reason.startswith(f'{path}:') else
-                         f'{path}: not a complete file of gq.save ({reason})') from None
-    if plan.get('version') != PLAN_VERSION:
-        raise ValueError(f'{path}: plan version {plan.get("version")}, this library reads {PLAN_VERSION}')
-    return plan, arrays
+        if plan['version'] != PLAN_VERSION:
+            raise ValueError(f'plan version {plan["version"]}, this library reads {PLAN_VERSION}')
+        classes = {name: values.pop(_FLOAT_NAME) for name, values in plan['layers'].items()}
+        configs = {name: LayerConfig.from_dict(values) for name, values in plan['layers'].items()}
+        return classes, configs, set(plan['frozen_batchnorm']), arrays
+    except FileNotFoundError:
+        raise
+    except Exception as error:      # damaged bytes fail wherever they are first made sense of
+        known = isinstance(error, ValueError) and str(error).startswith(('no plan', 'plan version'))
+        reason = str(error) if known else f'not a complete file of gq.save ({type(error).__name__}: {error})'
+        raise ValueError(f'{path}: {reason}') from None
 
 
-def _check_layers(path, net, planned, configs, converted):
+def _check_layers(path, net, classes, configs, converted):
     blocks = dict(named_blocks(net))
-    for name, values in planned.items():
+    for name, float_class in classes.items():
         found = type(blocks[name]).__name__ if name in blocks else 'nothing'
         if name in converted:
             found = converted[name].float_class.__name__
             if converted[name].config != configs[name]:
                 raise ValueError(f'{path}: layer {name!r} was saved as {configs[name]}, the net has '
                                  f'{converted[name].config}. Load into a float net')
-        if found != values[_FLOAT_NAME]:
-            raise ValueError(f'{path}: layer {name!r} is a {values[_FLOAT_NAME]} in the file, but {found} in the net')
-    extra = [name for name in converted if name not in planned]
+        if found != float_class:
+            raise ValueError(f'{path}: layer {name!r} is a {float_class} in the file, but {found} in the net')
+    extra = [name for name in converted if name not in classes]
     if extra:
         raise ValueError(f'{path}: layer {extra[0]!r} is quantized in the net, but float in the file')
 

@@ -49,28 +49,31 @@ class Rule:
         """Whether the rule applies to the layer at ``path``."""
         return matches(self.pattern, path)
 
-    def apply(self, config):
-        """``config`` with this rule's settings."""
-        def bits(own):
-            return self.bits if own is None else own
-        return replace(
-            config,
-            weight=_changed(config.weight, self.weight, bits(self.weight_bits), self.weight_options,
-                            per_channel=self.per_channel),
-            activation=_changed(config.activation, self.activation, bits(self.activation_bits),
-                                self.activation_options, signed=self.signed))
+    def apply(self, config, start=lambda role, method, bits: QuantizerSpec(method, bits)):
+        """``config`` with this rule's settings.
+
+        ``start(role, method, bits)`` makes the QuantizerSpec that a change of method begins with.
+        """
+        changed = {}
+        for role, method, bits, options, flags in (
+                ('weight', self.weight, self.weight_bits, self.weight_options, {'per_channel': self.per_channel}),
+                ('activation', self.activation, self.activation_bits, self.activation_options,
+                 {'signed': self.signed})):
+            spec = getattr(config, role)
+            bits = self.bits if bits is None else bits
+            bits = spec.bits if bits is None else bits
+            if method is None or method == spec.method:
+                spec = replace(spec, bits=bits)
+            else:
+                spec = replace(start(role, method, bits), signed=spec.signed)
+            changed[role] = replace(spec, options={**spec.options, **(options or {})},
+                                    **{name: value for name, value in flags.items() if value is not None})
+        return replace(config, **changed)
 
 
 def matches(pattern, path):
     """Whether the shell pattern fits ``path`` or one of the blocks it lies in."""
     return fnmatchcase(path, pattern) or fnmatchcase(path, pattern + '.*')
-
-
-def _changed(spec, method, bits, options, **flags):
-    keep = method is None or method == spec.method
-    return replace(spec, method=method or spec.method, bits=spec.bits if bits is None else bits,
-                   options={**(spec.options if keep else {}), **(options or {})},
-                   **{name: value for name, value in flags.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class LayerConfig:
     weight, activation : QuantizerSpec
     gradient_bits : int, optional
         Quantize the gradient of the layer's output (DoReFa, third part).
+    input_uses : int
+        How often the layer reads that one tensor in a forward pass.
     shares_input_with : str, optional
         Path of the layer whose input quantizer this one uses, because both read the same tensor.
     """
@@ -89,6 +94,7 @@ class LayerConfig:
     activation: QuantizerSpec
     gradient_bits: Optional[int] = None
     shares_input_with: Optional[str] = None
+    input_uses: int = 1
 
     def to_dict(self):
         """Plain values, for JSON."""

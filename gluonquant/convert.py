@@ -1,5 +1,7 @@
 """`convert`: decide for every layer of a net how it is quantized, then change the net in place."""
+from collections import Counter
 from dataclasses import replace
+from itertools import takewhile
 
 from mxnet.gluon import Block, HybridBlock
 
@@ -92,11 +94,11 @@ def convert(net, bits=4, *, method=None, weight=None, activation=None, weight_bi
             config = _end_config(base, check_bits(first_last_bits, 'first_last_bits'))
         for rule in rules:
             if rule.matches(path):
-                config = rule.apply(config)
-        plan[path] = _settle(config, layer, readings[path])
+                config = rule.apply(config, _start)
+        plan[path] = _settle(config, path, layer, readings[path])
     if not plan:
         raise ValueError('exclude and first_last_bits=None leave no layer to quantize')
-    return apply(net, _share_inputs(plan, readings))
+    return apply(net, _share_inputs(net, plan, readings))
 
 
 def apply(net, plan):
@@ -112,9 +114,10 @@ def apply(net, plan):
                               f'keep it float with exclude=[{path!r}]') from None
         if config.shares_input_with is not None:
             input_quantizer = inputs[config.shares_input_with]
-            input_quantizer.consumers += 1
+            input_quantizer.consumers += config.input_uses
         else:
             input_quantizer.where = f'{path}.input_quantizer'
+            input_quantizer.consumers = config.input_uses
         weight_quantizer.where = f'{path}.weight_quantizer'
         inputs[path] = input_quantizer
         built[path] = weight_quantizer, input_quantizer
@@ -122,8 +125,32 @@ def apply(net, plan):
         layer = blocks[path]
         weight_quantizer.nested = input_quantizer.nested = True
         LAYERS[type(layer)].from_float(layer, plan[path], weight_quantizer, input_quantizer)
+    shared = [quantizer for _, quantizer in built.values() if quantizer.consumers > 1]
+    if shared:
+        net.register_forward_pre_hook(_NewPass(shared))
     clear_caches(net)
     return net
+
+
+def undo(net):
+    """Make every quantized layer of ``net`` float again."""
+    for _, block in named_blocks(net):
+        if isinstance(block, QuantizedLayer):
+            block.to_float()
+    for key in [key for key, hook in net._forward_pre_hooks.items() if isinstance(hook, _NewPass)]:
+        del net._forward_pre_hooks[key]
+    clear_caches(net)
+
+
+class _NewPass:
+    """A hook before every pass: what shared quantizers remember of a pass that failed midway is void."""
+
+    def __init__(self, shared):
+        self._shared = shared
+
+    def __call__(self, block, inputs):
+        for quantizer in self._shared:
+            quantizer.forget_pass()
 
 
 def clear_caches(net):
@@ -150,11 +177,6 @@ def _float_layers(net):
     if not found:
         known = ', '.join(sorted(cls.__name__ for cls in LAYERS))
         raise ValueError(f'{type(net).__name__} has no layer to quantize: none of its blocks is one of {known}')
-    for path, layer in found.items():
-        layout = getattr(layer, '_kwargs', {}).get('layout', 'NC')
-        if not layout.startswith('NC'):
-            raise ValueError(f'layer {path!r} ({_describe(layer)}) has layout {layout}; only channel-first layouts '
-                             '(NCW, NCHW, NCDHW) are supported')
     return found
 
 
@@ -168,14 +190,18 @@ def _base_config(bits, method, weight, activation, per_channel, signed, gradient
     for role, (name, own_bits, options), preset in zip(('weight', 'activation'), (weight, activation),
                                                        PRESETS[method or DEFAULT_METHOD]):
         name = preset if name is None else name
-        quantizers.find(name, role)
         own_bits = bits if own_bits is None else check_bits(own_bits, f'{role}_bits')
-        suited = _PRETRAINED.get((role, name), {})
-        specs.append(QuantizerSpec(name, own_bits, **{**suited, 'options': {**suited.get('options', {}),
-                                                                           **(options or {})}}))
+        spec = _start(role, name, own_bits)
+        specs.append(replace(spec, options={**spec.options, **(options or {})}))
     if per_channel is not None:
         specs[0] = replace(specs[0], per_channel=per_channel)
     return LayerConfig(specs[0], replace(specs[1], signed=signed), gradient_bits)
+
+
+def _start(role, method, bits):
+    """What a method starts with before anything else is asked for."""
+    quantizers.find(method, role)
+    return QuantizerSpec(method, bits, **_PRETRAINED.get((role, method), {}))
 
 
 def _end_config(base, bits):
@@ -190,19 +216,29 @@ def _end_config(base, bits):
 def _readings(net, floats):
     """{path: Reading}; where the net cannot be traced, in order of registration, with inputs of unknown sign."""
     traced = trace(net)
-    unknown = len(traced)
-    return {path: traced.get(layer.weight.name, Reading(unknown + place, None, False))
-            for place, (path, layer) in enumerate(floats.items())}
+    owners = Counter(layer.weight.name for layer in floats.values())
+    readings = {}
+    for place, (path, layer) in enumerate(floats.items()):
+        reading = traced.get(layer.weight.name, Reading(len(traced) + place, None, False, 0))
+        if owners[layer.weight.name] > 1:       # the graph cannot tell which of the layers reads what
+            reading = reading._replace(tensor=None)
+        readings[path] = reading
+    return readings
 
 
 def _first_and_last(floats, readings):
-    ordered = sorted(floats, key=lambda path: readings[path].order)
+    used = [path for path in floats if readings[path].uses] or list(floats)
+    ordered = sorted(used, key=lambda path: readings[path].order)
     dense = [path for path in ordered if type(floats[path]).__name__ == 'Dense']
     return {ordered[0], (dense or ordered)[-1]}
 
 
-def _settle(config, layer, reading):
+def _settle(config, path, layer, reading):
     """Fill in what depends on the layer: sign of the input, granularity of the weight."""
+    layout = getattr(layer, '_kwargs', {}).get('layout', 'NC')
+    if not layout.startswith('NC'):
+        raise ValueError(f'layer {path!r} ({_describe(layer)}) has layout {layout}; only channel-first layouts '
+                         f'(NCW, NCHW, NCDHW) are supported. Keep it float with exclude=[{path!r}]')
     activation, weight = config.activation, config.weight
     if activation.signed is None and activation.method != 'none':
         signed = not reading.nonnegative
@@ -211,20 +247,29 @@ def _settle(config, layer, reading):
         activation = replace(activation, signed=signed)
     if not LAYERS[type(layer)].per_channel_supported(layer):
         weight = replace(weight, per_channel=False)
-    return replace(config, activation=activation, weight=weight)
+    return replace(config, activation=activation, weight=weight,
+                   input_uses=reading.uses if reading.tensor is not None else 1)
 
 
-def _share_inputs(plan, readings):
-    """Layers that read one tensor with equal settings use the quantizer of the first of them."""
+def _share_inputs(net, plan, readings):
+    """Layers of one HybridBlock that read one tensor with equal settings use the quantizer of the first of them."""
+    blocks = dict(named_blocks(net))
     owners, shared = {}, {}
     for path in sorted(plan, key=lambda path: readings[path].order):
         config, tensor = plan[path], readings[path].tensor
         if tensor is not None and config.activation.method != 'none':
             owner = owners.setdefault((tensor, repr(config.activation)), path)
-            if owner != path:
+            # Below a plain Block each part is traced by itself, and no graph sees both readers.
+            if owner != path and isinstance(blocks[_common_block(owner, path)], HybridBlock):
                 config = replace(config, shares_input_with=owner)
         shared[path] = config
     return shared
+
+
+def _common_block(first, second):
+    """Path of the innermost block that contains both layers."""
+    pairs = zip(first.split('.')[:-1], second.split('.')[:-1])
+    return '.'.join(name for name, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _build(layer, config, taken):

@@ -4,11 +4,12 @@ from collections import namedtuple
 
 import mxnet as mx
 
-Reading = namedtuple('Reading', 'order tensor nonnegative')
+Reading = namedtuple('Reading', 'order tensor nonnegative uses')
 Reading.__doc__ = """One layer's place in the graph.
 
 order : int, position in topological order.   tensor : what it reads, comparable; None if several or unknown.
-nonnegative : bool, whether everything it reads is provably >= 0."""
+nonnegative : bool, whether everything it reads is provably >= 0.   uses : int, how often it is called in one pass;
+0 if it is not part of the graph."""
 
 _LAYERS = ('Convolution', 'Deconvolution', 'FullyConnected')
 # Never negative, whatever goes in.
@@ -41,11 +42,11 @@ def trace(net):
         if node['op'] in _LAYERS:
             data, weight = (tuple(entry[:2]) for entry in node['inputs'][:2])
             name = nodes[weight[0]]['name']
-            reading = Reading(len(found), data, positive[data[0]])
+            reading = Reading(len(found), data, positive[data[0]], 1)
             if name in found:       # a layer called twice, or a shared weight
                 before = found[name]
                 reading = Reading(before.order, data if data == before.tensor else None,
-                                  before.nonnegative and reading.nonnegative)
+                                  before.nonnegative and reading.nonnegative, before.uses + 1)
             found[name] = reading
     return found
 

@@ -480,7 +480,8 @@ def test_an_unknown_observer_is_refused_with_the_nearest(converted):
 
 
 def test_an_unknown_table_entry_is_refused_with_the_nearest(converted):
-    raising(converted, ValueError, r"table names '22', which is no quantized layer. Did you mean '2'", table={'22': 1.0})
+    raising(converted, ValueError, r"table names '22', which is no quantized layer. Did you mean '2'",
+            table={'22': 1.0})
 
 
 def test_a_table_entry_for_a_float_input_is_refused(net):

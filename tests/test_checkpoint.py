@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,8 @@ def pictures(seed=0):
 
 
 def trainer_of(net):
-    return gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 0.05, 'momentum': 0.9, 'wd': 1e-3}, kvstore=None)
+    return gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 0.05, 'momentum': 0.9, 'wd': 1e-3},
+                         kvstore=None)
 
 
 def train(net, trainer, seeds):
@@ -338,6 +340,33 @@ def test_saving_changes_nothing(seed, path):
     before.check()
 
 
+@pytest.mark.parametrize('way', ['ours', 'gluon'])
+def test_saving_waits_for_what_a_static_graph_still_writes(seed, path, way):
+    """Such a graph does not tell MXNet which of its inputs it writes, so that reading them does not wait."""
+    net = nn.HybridSequential()
+    for _ in range(6):
+        net.add(nn.Conv2D(16, 3, padding=1), nn.BatchNorm(), nn.Activation('relu'))
+    net.initialize(init.Xavier())
+    x = nd.random.normal(shape=(16, 3, 32, 32))
+    gq.convert(net, method='int8')
+    gq.calibrate(net, [x])
+    net.hybridize(static_alloc=True, static_shape=True)
+    for size in (1, 2):
+        nd.waitall()
+        with autograd.record():
+            loss = net(x * size).sum()
+        loss.backward()
+    gq.save(net, path) if way == 'ours' else net.save_parameters(path)
+    nd.waitall()
+    expected = state(net)
+    with np.load(path) if way == 'ours' else nullcontext(nd.load(path)) as saved:
+        for name, value in expected.items():
+            if way == 'gluon' and 'running' in name:
+                continue        # MXNet's own: save_parameters does not wait for BatchNorm
+            got = saved[f'p:{name}'] if way == 'ours' else saved[name].asnumpy()
+            np.testing.assert_array_equal(got, value, err_msg=name)
+
+
 def test_the_file_is_an_archive_that_needs_no_pickle(seed, path):
     net, _ = trained()
     gq.save(net, path)
@@ -426,8 +455,8 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(saved, tmp_path):
     net(pictures())
     before, reference = Snapshot(net), state(gq.load(str(saved), fresh()))
     rng, refusals = np.random.default_rng(0), 0
-    tail = range(8 * (len(whole) - 700), 8 * len(whole))            # part of the directory, every bit
-    for bit in [*rng.choice(8 * len(whole), 300, replace=False), *range(240), *tail]:
+    directory = 8 * (len(whole) - 3000) + rng.choice(8 * 3000, 400, replace=False)
+    for bit in [*rng.choice(8 * len(whole), 150, replace=False), *range(240), *directory]:
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         flipped.write_bytes(damaged)
@@ -442,7 +471,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(saved, tmp_path):
         net(pictures())
         before = Snapshot(net)
     before.check()
-    assert refusals > 300
+    assert refusals > 200
 
 
 def foreign(kind, tmp_path):
@@ -530,7 +559,8 @@ def test_a_net_without_a_bias_refuses_the_parameter_that_is_too_many(seed, path)
     assert type(other) is nn.Dense and list(other._collect_params_with_prefix()) == ['weight']
 
 
-@pytest.mark.parametrize('options', [{'bits': 5, 'method': 'int8', 'first_last_bits': 4}, {'bits': 4}, {'method': 'pact'}])
+@pytest.mark.parametrize('options', [{'bits': 5, 'method': 'int8', 'first_last_bits': 4}, {'bits': 4},
+                                     {'method': 'pact'}])
 def test_a_net_converted_in_another_way_refuses_the_first_layer(seed, saved, options):
     net = fresh()
     net(pictures())

@@ -13,14 +13,15 @@ PLAN = gq.LayerConfig(gq.QuantizerSpec('lsq', 4, per_channel=True, options={'ewg
 
 @pytest.mark.parametrize('pattern, path', [
     ('features.4', 'features.4'), ('features.4', 'features.4.body.0'), ('features.*', 'features.4.body.0'),
-    ('*.body.?', 'features.4.body.0'), ('feat*', 'features.4'), ('*', ''), ('', ''), ('[0-2]', '1'), ('[!0]', '1.body')])
+    ('*.body.?', 'features.4.body.0'), ('feat*', 'features.4'), ('*', ''), ('', ''), ('[0-2]', '1'),
+    ('[!0]', '1.body')])
 def test_a_pattern_matches_a_layer_and_what_lies_below_its_block(pattern, path):
     assert matches(pattern, path)
 
 
 @pytest.mark.parametrize('pattern, path', [
-    ('features.4', 'features.41'), ('features.4', 'features'), ('body', 'features.4.body'), ('Features.*', 'features.4'),
-    ('[0-2]', '3'), ('features.?', 'features.10'), ('', '0')])
+    ('features.4', 'features.41'), ('features.4', 'features'), ('body', 'features.4.body'),
+    ('Features.*', 'features.4'), ('[0-2]', '3'), ('features.?', 'features.10'), ('', '0')])
 def test_a_pattern_does_not_match_its_neighbours(pattern, path):
     assert not matches(pattern, path)
 

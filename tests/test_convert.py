@@ -280,7 +280,8 @@ def test_a_rule_changes_the_layers_it_matches(net, kind):
 
 
 def test_later_rules_win_and_keep_what_they_do_not_name(net):
-    gq.convert(net, rules=[{'pattern': '*', 'weight_bits': 5, 'activation_bits': 6}, {'pattern': '2', 'weight_bits': 3}])
+    gq.convert(net, rules=[{'pattern': '*', 'weight_bits': 5, 'activation_bits': 6},
+                           {'pattern': '2', 'weight_bits': 3}])
     assert (spec(net, '2').bits, spec(net, '2', 'activation').bits) == (3, 6)
     assert (spec(net, '4').bits, spec(net, '4', 'activation').bits) == (5, 6)
 
@@ -612,7 +613,7 @@ REFUSED = [
     ({'rules': [{'patern': '2'}]}, TypeError, 'patern'),
     ({'exclude': ['*']}, ValueError, 'leave no layer to quantize'),
     ({'weight_options': {'ktime': 2}}, TypeError, r"layer '2' \(Conv2D 4 -> 6\): .*ktime"),
-    ({'method': 'gdrq', 'activation_options': {'lam': 7}}, ValueError, r"layer '2' \(Conv2D 4 -> 6\): 1 - lam=-6"),
+    ({'method': 'gdrq', 'activation_options': {'lam': 7}}, ValueError, r"layer '2' \(Conv2D 4 -> 6\): lam=7"),
     ({'method': 'qil', 'per_channel': True}, ValueError, r"layer '2' \(Conv2D 4 -> 6\): per_channel=True: QIL"),
     ({'weight': 'gdrq', 'weight_options': {'group_size': 4}}, ValueError, r"layer '2' .*group_size=4 does not divide"),
 ]
@@ -636,7 +637,7 @@ def test_after_a_refusal_the_net_converts_as_if_nothing_had_been(seed):
 def test_a_pattern_that_matches_nothing_is_answered_with_the_nearest_path():
     net = residual()
     before = Snapshot(net, images(size=32))
-    with pytest.raises(ValueError, match=r"'features.3.0.downsampl' matches no layer. Did you mean '[\w.]+'.*and 14 more"):
+    with pytest.raises(ValueError, match=r"'features.3.0.downsampl' matches no layer. Did you mean 'f.*and 14 more"):
         gq.convert(net, exclude=['features.3.0.downsampl'])
     before.check()
 

@@ -98,7 +98,7 @@ def test_these_are_taken_to_be_negative_too(name):
 
 def test_the_input_of_the_net_may_be_negative():
     net = nn.Dense(3)
-    assert trace(net) == {net.weight.name: Reading(0, (0, 0), False)}
+    assert trace(net) == {net.weight.name: Reading(0, (0, 0), False, 1)}
 
 
 def test_batch_norm_behind_a_relu_may_be_negative():
@@ -134,7 +134,9 @@ def test_order_is_that_of_use():
 
 def test_layers_that_read_one_tensor_say_so():
     net = Unordered()
-    first, left, right, last = (trace(net)[layer.weight.name].tensor for layer in (net.first, net.left, net.right, net.last))
+    readings = trace(net)
+    first, left, right, last = (readings[getattr(net, name).weight.name].tensor
+                                for name in ('first', 'left', 'right', 'last'))
     assert left == right and len({first, left, last}) == 3
 
 
@@ -161,7 +163,7 @@ class Twice(nn.HybridBlock):
 
 def test_a_layer_used_on_two_tensors_has_no_single_one():
     net = Twice(lambda F, dense, x: dense(F.relu(dense(x))))
-    assert trace(net)[net.dense.weight.name] == Reading(0, None, True)
+    assert trace(net)[net.dense.weight.name] == Reading(0, None, True, 2)
 
 
 def test_a_layer_that_reads_something_negative_once_is_not_nonnegative():

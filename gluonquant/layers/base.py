@@ -37,6 +37,7 @@ class QuantizedLayer:
         weight_quantizer, input_quantizer : Block
             From `quantizers.create`; the input quantizer may serve several layers.
         """
+        layer._clear_cached_op()
         layer.__class__ = cls
         layer.config = config
         layer.weight_quantizer = weight_quantizer
@@ -54,6 +55,7 @@ class QuantizedLayer:
             object.__delattr__(self, name)
         object.__delattr__(self, 'config')
         self.__class__ = self.float_class
+        self._clear_cached_op()
         return self
 
     def hybrid_forward(self, F, x, weight, bias=None):

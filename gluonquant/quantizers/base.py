@@ -98,8 +98,12 @@ class Quantizer(HybridBlock):
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
-        if name == self.marker and isinstance(value, QuantizerParameter) and not self.default_range:
-            value.on_use = self._on_use
+        if isinstance(value, QuantizerParameter):
+            if name == 'frozen':
+                value.on_change = self._apply_frozen
+            elif name == self.marker:
+                value.on_change = self._forget_ready
+                value.on_use = None if self.default_range else self._on_use
 
     def value(self, name):
         """The current value of a Parameter as a float32 array, without side effects."""
@@ -117,7 +121,6 @@ class Quantizer(HybridBlock):
             parameter._finish_deferred_init()
             with autograd.pause():
                 parameter.set_data(nd.array(value))
-        self._known_ready = False
 
     def cast(self, dtype):
         """Parameters stay float32 whatever the network's type; only inputs and outputs change."""
@@ -225,6 +228,10 @@ class Quantizer(HybridBlock):
             self._shared = None
         return out
 
+    def forget_pass(self):
+        """A new forward pass begins: nothing is shared yet."""
+        self._shared = None
+
     def _must_start(self):
         """Outside of a net, the first training batch sets ranges that the graph cannot set."""
         return not (self.nested or self.starts_by_itself or self.calibrated or self.value('mode')[0] == OFF)
@@ -236,6 +243,9 @@ class Quantizer(HybridBlock):
             return True
         self._known_ready = bool((self.value(self.marker) > 0).all())
         return self._known_ready
+
+    def _forget_ready(self):
+        self._known_ready = False
 
     def _on_use(self):
         if self.calibrated or self.value('mode')[0] == OFF:
@@ -354,9 +364,12 @@ class Quantizer(HybridBlock):
         self._set_frozen(False)
 
     def _set_frozen(self, frozen):
-        if not self.tracks:
-            return
-        self.write(frozen=float(frozen))
+        if self.tracks:
+            self.write(frozen=float(frozen))
+
+    def _apply_frozen(self):
+        """Keep optimizers away from frozen ranges: weight decay and momentum move even what has no gradient."""
+        frozen = self.value('frozen')[0] > 0
         for parameter in self._reg_params.values():
             if parameter.trainable:
                 parameter.grad_req = 'null' if frozen else 'write'

@@ -32,6 +32,9 @@ class Identity(HybridBlock):
         """RuntimeError, as `qparams`."""
         raise RuntimeError(f'{self.where} does not quantize: it has no codes')
 
+    def forget_pass(self):
+        """Nothing to forget."""
+
     def freeze(self):
         """Nothing to freeze."""
 

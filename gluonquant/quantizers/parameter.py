@@ -12,6 +12,8 @@ class QuantizerParameter(gluon.Parameter):
     * the value is projected to its bounds, so that no optimizer step makes a range zero or negative;
     * ``on_use`` is called, which is how an uncalibrated quantizer speaks up inside a hybridized net.
 
+    ``on_change`` is called whenever a value is set from outside the graph: by loading, initializing or `set_data`.
+
     Parameters
     ----------
     lower : float or (Parameter, float), optional
@@ -29,6 +31,19 @@ class QuantizerParameter(gluon.Parameter):
         self.like = like
         self.trainable = self.grad_req != 'null'    # by design; freezing sets grad_req to 'null' for a while
         self.on_use = None
+        self.on_change = None
+
+    def set_data(self, data):
+        super().set_data(data)
+        self._changed()
+
+    def _init_impl(self, data, ctx_list):
+        super()._init_impl(data, ctx_list)
+        self._changed()
+
+    def _changed(self):
+        if self.on_change is not None and self._data is not None:
+            self.on_change()
 
     def data(self, ctx=None):
         self.prepare()
@@ -45,7 +60,9 @@ class QuantizerParameter(gluon.Parameter):
         return super().list_ctx()
 
     def _reduce(self):
-        # Saving reads the value without using it.
+        # Saving reads the value without using it. A graph hybridized with static_alloc does not tell MXNet which of
+        # its inputs it writes, so reading them would not wait for it.
+        nd.waitall()
         on_use, self.on_use = self.on_use, None
         try:
             return super()._reduce()
