@@ -42,10 +42,11 @@ def save(net, path):
     plan = {'version': PLAN_VERSION, 'frozen_batchnorm': frozen,
             'layers': {name: {_FLOAT_NAME: layer.float_class.__name__, **layer.config.to_dict()}
                        for name, layer in converted.items()}}
+    text = json.dumps(plan, default=_plain)
     unfinished = f'{path}.part{os.getpid()}'
     try:
         with open(unfinished, 'wb') as file:
-            np.savez(file, **{_PLAN: np.array(json.dumps(plan))}, **{f'p:{name}': a for name, a in arrays.items()})
+            np.savez(file, **{_PLAN: np.array(text)}, **{f'p:{name}': array for name, array in arrays.items()})
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -97,6 +98,13 @@ def load(path, net, ctx=None):
     return net
 
 
+def _plain(value):
+    """NumPy scalars among the options, for JSON."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise ValueError(f'the option {value!r} cannot be saved: pass numbers, strings, lists or dicts')
+
+
 def _read(path):
     """(float class, LayerConfig) by layer, frozen BatchNorm layers, and arrays by Parameter name."""
     try:
@@ -110,7 +118,7 @@ def _read(path):
         classes = {name: values.pop(_FLOAT_NAME) for name, values in plan['layers'].items()}
         configs = {name: LayerConfig.from_dict(values) for name, values in plan['layers'].items()}
         return classes, configs, set(plan['frozen_batchnorm']), arrays
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:      # damaged bytes fail wherever they are first made sense of
         known = isinstance(error, ValueError) and str(error).startswith(('no plan', 'plan version'))

@@ -8,7 +8,7 @@ from mxnet.gluon import Block, HybridBlock
 from . import quantizers
 from .config import LayerConfig, QuantizerSpec, Rule, matches
 from .grid import check_bits
-from .layers import LAYERS, QuantizedLayer, named_blocks
+from .layers import LAYERS, QuantizedLayer, SharedInput, named_blocks
 from .registry import nearest
 from .trace import Reading, trace
 
@@ -42,7 +42,7 @@ def convert(net, bits=4, *, method=None, weight=None, activation=None, weight_bi
     first_last_bits : int or None
         The first layer and the last Dense (the last layer, in a net without Dense) use these bits with method int8
         (fqn stays fqn); None leaves them float.
-    exclude : sequence of str
+    exclude : str or sequence of str
         Path patterns of layers that stay float.
     rules : sequence of Rule or dict
         Other settings by path pattern; applied in order after everything else, later ones win.
@@ -72,10 +72,11 @@ def convert(net, bits=4, *, method=None, weight=None, activation=None, weight_bi
     A failed call leaves the net as it was.
     """
     _check_net(net)
-    check_bits(bits)
+    bits = check_bits(bits)
     floats = _float_layers(net)
     base = _base_config(bits, method, (weight, weight_bits, weight_options), (activation, activation_bits,
                         activation_options), per_channel, signed, gradient_bits)
+    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     rules = [rule if isinstance(rule, Rule) else Rule(**rule) for rule in rules]
     for pattern in [*exclude, *(rule.pattern for rule in rules)]:
         if not any(matches(pattern, path) for path in floats):
@@ -114,10 +115,8 @@ def apply(net, plan):
                               f'keep it float with exclude=[{path!r}]') from None
         if config.shares_input_with is not None:
             input_quantizer = inputs[config.shares_input_with]
-            input_quantizer.consumers += config.input_uses
         else:
             input_quantizer.where = f'{path}.input_quantizer'
-            input_quantizer.consumers = config.input_uses
         weight_quantizer.where = f'{path}.weight_quantizer'
         inputs[path] = input_quantizer
         built[path] = weight_quantizer, input_quantizer
@@ -125,9 +124,13 @@ def apply(net, plan):
         layer = blocks[path]
         weight_quantizer.nested = input_quantizer.nested = True
         LAYERS[type(layer)].from_float(layer, plan[path], weight_quantizer, input_quantizer)
-    shared = [quantizer for _, quantizer in built.values() if quantizer.consumers > 1]
-    if shared:
-        net.register_forward_pre_hook(_NewPass(shared))
+    for owner in plan:
+        readers = [path for path in plan if owner in (path, plan[path].shares_input_with)]
+        uses = {path: plan[path].input_uses for path in readers}
+        if sum(uses.values()) > 1:
+            shared = SharedInput(uses)
+            for path in readers:
+                blocks[path].share_input(shared, path)
     clear_caches(net)
     return net
 
@@ -137,20 +140,7 @@ def undo(net):
     for _, block in named_blocks(net):
         if isinstance(block, QuantizedLayer):
             block.to_float()
-    for key in [key for key, hook in net._forward_pre_hooks.items() if isinstance(hook, _NewPass)]:
-        del net._forward_pre_hooks[key]
     clear_caches(net)
-
-
-class _NewPass:
-    """A hook before every pass: what shared quantizers remember of a pass that failed midway is void."""
-
-    def __init__(self, shared):
-        self._shared = shared
-
-    def __call__(self, block, inputs):
-        for quantizer in self._shared:
-            quantizer.forget_pass()
 
 
 def clear_caches(net):

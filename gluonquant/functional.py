@@ -7,6 +7,7 @@ Gradients are built from exact zeros. ``zero_with_gradient(x)`` is 0 for every f
 so ``value + mask * zero_with_gradient(x)`` equals ``value`` to the last bit while the gradient is ``mask``. NaN and
 Inf turn the zero into NaN: a broken activation is never hidden by a clip.
 """
+import atexit
 import ctypes
 
 import mxnet as mx
@@ -109,6 +110,10 @@ def percentile(F, values, percent):
     weight = F.cast(place - below, 'float32')
     low, high = F.take(ordered, below), F.take(ordered, F.ceil(place))
     return low + weight * (high - low)
+
+
+# MXNet can hang at exit while Python operators still run.
+atexit.register(mx.nd.waitall)
 
 
 @mx.operator.register('gluonquant_scale_gradient')

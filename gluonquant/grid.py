@@ -1,14 +1,15 @@
 """Integer grids: which codes an n-bit tensor may hold. Pure Python."""
 from dataclasses import dataclass
+from numbers import Integral
 
 MAX_BITS = 16
 
 
 def check_bits(bits, where='bits', least=1):
     """Return ``bits`` if it is an integer in [least, 16], else raise ValueError with ``where`` in front."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not least <= bits <= MAX_BITS:
+    if isinstance(bits, bool) or not isinstance(bits, Integral) or not least <= bits <= MAX_BITS:
         raise ValueError(f'{where}={bits!r} is not a bit width: pass an integer from {least} to {MAX_BITS}')
-    return bits
+    return int(bits)
 
 
 @dataclass(frozen=True)

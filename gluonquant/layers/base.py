@@ -13,6 +13,33 @@ def quantizes(float_class):
     return enter
 
 
+class SharedInput:
+    """Quantizes a tensor once for all layers that read it in a forward pass.
+
+    A layer that has read as often as it does in one pass, and reads again, begins a new pass, even if one before
+    ended midway.
+
+    Parameters
+    ----------
+    uses : dict, {name of a reader: how often it reads in one pass}
+    """
+
+    def __init__(self, uses):
+        self.uses = uses
+        self._x = self._out = None
+        self._left = {}
+
+    def __call__(self, quantizer, x, reader):
+        """The quantized x, for ``reader``."""
+        if self._x is not x or not self._left[reader]:
+            self._x, self._out, self._left = x, quantizer(x), dict(self.uses)
+        self._left[reader] -= 1
+        out = self._out
+        if not any(self._left.values()):
+            self._x = self._out = None
+        return out
+
+
 class QuantizedLayer:
     """Quantizes input and weight, then does what the float class does. Stands before that class among the bases.
 
@@ -25,6 +52,7 @@ class QuantizedLayer:
     config : LayerConfig
     """
     weight_axis = 0         # the output channels of the weight
+    _shared = None
 
     @classmethod
     def from_float(cls, layer, config, weight_quantizer, input_quantizer):
@@ -52,17 +80,32 @@ class QuantizedLayer:
         """Undo `from_float`; returns the layer."""
         for name in ('weight_quantizer', 'input_quantizer'):
             del self._children[name]
-            object.__delattr__(self, name)
-        object.__delattr__(self, 'config')
+        for name in ('weight_quantizer', 'input_quantizer', 'config', '_shared'):
+            self.__dict__.pop(name, None)
         self.__class__ = self.float_class
         self._clear_cached_op()
         return self
 
+    def share_input(self, shared, name):
+        """Read the input through ``shared``, a `SharedInput` that knows this layer by ``name``."""
+        self._shared = shared, name
+
+    def quantized_input(self, x):
+        """x behind the input quantizer."""
+        if self._shared is None:
+            return self.input_quantizer(x)
+        shared, name = self._shared
+        return shared(self.input_quantizer, x, name)
+
     def hybrid_forward(self, F, x, weight, bias=None):
-        out = super().hybrid_forward(F, self.input_quantizer(x), self.weight_quantizer(weight), bias)
+        out = self.float_forward(F, self.quantized_input(x), self.weight_quantizer(weight), bias)
         if self.config.gradient_bits is not None:
             out = Q.quantize_gradient(F, out, self.config.gradient_bits)
         return out
+
+    def float_forward(self, F, x, weight, bias):
+        """What the float layer does."""
+        return super().hybrid_forward(F, x, weight, bias)
 
     @classmethod
     def per_channel_supported(cls, layer):

@@ -66,9 +66,7 @@ class Quantizer(HybridBlock):
         self.where = self.name          # `convert` puts the path of the layer here, for messages
         self._bound = ()                # the weight Parameter, by `bind`
         self.nested = False             # inside a net: `calibrate` is the way to set ranges
-        self.consumers = 1              # how many layers read this quantizer's output in one forward pass
         self._dtype = 'float32'
-        self._shared = None
         self._known_ready = self._warned = False
         with self.name_scope():
             self.mode = self.state('mode', init=QUANTIZE)
@@ -217,20 +215,7 @@ class Quantizer(HybridBlock):
                 return x
             if autograd.is_training() and self._must_start():
                 self.init_from(x)
-        if self.consumers == 1:
-            return super().forward(x)
-        # Layers that read one tensor share one quantizer; the tensor is quantized, and counted, once per pass.
-        if self._shared is None or self._shared[0] is not x:
-            self._shared = [x, super().forward(x), self.consumers]
-        out = self._shared[1]
-        self._shared[2] -= 1
-        if self._shared[2] == 0:
-            self._shared = None
-        return out
-
-    def forget_pass(self):
-        """A new forward pass begins: nothing is shared yet."""
-        self._shared = None
+        return super().forward(x)
 
     def _must_start(self):
         """Outside of a net, the first training batch sets ranges that the graph cannot set."""

@@ -11,7 +11,6 @@ class Identity(HybridBlock):
     marker = None
     signed_supported = True
     default_range = False
-    consumers = 1
 
     def __init__(self, bits=None, signed=None, per_channel=None, axis=0, shape=None, prefix=None, params=None):
         super().__init__(prefix=prefix, params=params)
@@ -31,9 +30,6 @@ class Identity(HybridBlock):
     def quantize(self, x):
         """RuntimeError, as `qparams`."""
         raise RuntimeError(f'{self.where} does not quantize: it has no codes')
-
-    def forget_pass(self):
-        """Nothing to forget."""
 
     def freeze(self):
         """Nothing to freeze."""

@@ -22,10 +22,6 @@ KINDS = {
 EXTRAS = {'plain': {'use_bias': False}, 'bias': {'bias_initializer': init.Uniform(1)},
           'bias and relu': {'bias_initializer': init.Uniform(1), 'activation': 'relu'}}
 every_kind = pytest.mark.parametrize('kind', KINDS)
-no_gradient = pytest.mark.skip(reason='oneDNN\'s deconvolution cannot write the gradient of a weight that is computed '
-                               '("could not execute a primitive"), and no later operator runs then')
-trainable_kinds = pytest.mark.parametrize(
-    'kind', [pytest.param(kind, marks=no_gradient) if 'transposed' in kind else kind for kind in KINDS])
 hybridized_or_not = pytest.mark.parametrize('hybridized', [False, True], ids=['imperative', 'hybridized'])
 
 
@@ -171,7 +167,7 @@ def test_calibration_infers_unknown_input_channels(seed, kind, hybridized):
     np.testing.assert_array_equal(layer(x).asnumpy(), by_hand(layer, x).asnumpy())
 
 
-@trainable_kinds
+@every_kind
 @hybridized_or_not
 def test_the_weight_gradient_of_a_straight_through_weight_is_that_of_the_fake_quantized_layer(seed, kind, hybridized):
     layer, x = made(kind)
