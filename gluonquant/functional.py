@@ -116,36 +116,64 @@ def percentile(F, values, percent):
 atexit.register(mx.nd.waitall)
 
 
-@mx.operator.register('gluonquant_scale_gradient')
-class _ScaleGradientProp(mx.operator.CustomOpProp):
-    """x, error -> x; the gradient g becomes g * (1 + delta * sign(g) * error)."""
+class _GradientProp(mx.operator.CustomOpProp):
+    """(data, helper) -> data; a subclass says by ``change`` what becomes of the gradient of data."""
 
-    def __init__(self, delta='0.2'):
+    def __init__(self):
         super().__init__(need_top_grad=True)
-        self._delta = float(delta)
 
     def list_arguments(self):
-        return ['data', 'error']
+        return ['data', 'helper']
 
     def infer_shape(self, in_shape):
         return [in_shape[0], in_shape[0]], [in_shape[0]], []
 
     def create_operator(self, ctx, shapes, dtypes):
-        return _ScaleGradient(self._delta)
+        return _GradientOperator(self.change)
+
+    def change(self, gradient, helper):
+        """The gradient of data, from that of the output."""
+        raise NotImplementedError
 
 
-class _ScaleGradient(mx.operator.CustomOp):
-    def __init__(self, delta):
+class _GradientOperator(mx.operator.CustomOp):
+    def __init__(self, change):
         super().__init__()
-        self._delta = delta
+        self._change = change
 
     def forward(self, is_train, req, in_data, out_data, aux):
         self.assign(out_data[0], req[0], in_data[0])
 
     def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
-        g, error = out_grad[0], in_data[1]
-        self.assign(in_grad[0], req[0], g * (1 + self._delta * mx.nd.sign(g) * error))
-        self.assign(in_grad[1], req[1], mx.nd.zeros_like(error))
+        self.assign(in_grad[0], req[0], self._change(out_grad[0], in_data[1]))
+        self.assign(in_grad[1], req[1], mx.nd.zeros_like(in_data[1]))
+
+
+@mx.operator.register('gluonquant_scale_gradient')
+class _ScaleGradientProp(_GradientProp):
+    """The gradient g becomes g * (1 + delta * sign(g) * error)."""
+
+    def __init__(self, delta='0.2'):
+        super().__init__()
+        self._delta = float(delta)
+
+    def change(self, gradient, error):
+        return gradient * (1 + self._delta * mx.nd.sign(gradient) * error)
+
+
+@mx.operator.register('gluonquant_quantize_gradient')
+class _QuantizeGradientProp(_GradientProp):
+    """The gradient is quantized to ``bits`` per sample, with uniform noise in [-1/2, 1/2] steps."""
+
+    def __init__(self, bits='8'):
+        super().__init__()
+        self._steps = 2 ** int(bits) - 1
+
+    def change(self, gradient, noise):
+        reach = mx.nd.maximum(mx.nd.max(mx.nd.abs(gradient), axis=0, exclude=True, keepdims=True), 1e-30)
+        unit = mx.nd.broadcast_div(gradient, 2 * reach) + 0.5 + noise / self._steps
+        code = round_half_even(mx.nd, limit(mx.nd, unit, 0.0, 1.0) * self._steps)
+        return mx.nd.broadcast_mul(code / self._steps - 0.5, 2 * reach)
 
 
 def elementwise_gradient_scaling(F, x, error, delta):
@@ -154,41 +182,6 @@ def elementwise_gradient_scaling(F, x, error, delta):
     The only rule that is not linear in g, hence a Python operator; ``error`` is clip(v) - R(clip(v)) in code space.
     """
     return F.Custom(x, F.BlockGrad(error), op_type='gluonquant_scale_gradient', delta=delta)
-
-
-@mx.operator.register('gluonquant_quantize_gradient')
-class _QuantizeGradientProp(mx.operator.CustomOpProp):
-    """x, noise -> x; the gradient is quantized to ``bits`` per sample (DoReFa, third part)."""
-
-    def __init__(self, bits='8'):
-        super().__init__(need_top_grad=True)
-        self._steps = 2 ** int(bits) - 1
-
-    def list_arguments(self):
-        return ['data', 'noise']
-
-    def infer_shape(self, in_shape):
-        return [in_shape[0], in_shape[0]], [in_shape[0]], []
-
-    def create_operator(self, ctx, shapes, dtypes):
-        return _QuantizeGradient(self._steps)
-
-
-class _QuantizeGradient(mx.operator.CustomOp):
-    def __init__(self, steps):
-        super().__init__()
-        self._steps = steps
-
-    def forward(self, is_train, req, in_data, out_data, aux):
-        self.assign(out_data[0], req[0], in_data[0])
-
-    def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
-        g, noise = out_grad[0], in_data[1]
-        reach = mx.nd.maximum(mx.nd.max(mx.nd.abs(g), axis=0, exclude=True, keepdims=True), 1e-30)
-        unit = mx.nd.broadcast_div(g, 2 * reach) + 0.5 + noise / self._steps
-        code = round_half_even(mx.nd, limit(mx.nd, unit, 0.0, 1.0) * self._steps)
-        self.assign(in_grad[0], req[0], mx.nd.broadcast_mul(code / self._steps - 0.5, 2 * reach))
-        self.assign(in_grad[1], req[1], mx.nd.zeros_like(noise))
 
 
 def quantize_gradient(F, x, bits):

@@ -27,9 +27,12 @@ def freeze(net):
     """Keep the ranges of all activations as they are, statistics and learned ones alike; returns net.
 
     Weight scales go on following the weights. Frozen learned ranges have ``grad_req='null'``, so that neither
-    weight decay nor momentum moves them.
+    weight decay nor momentum moves them. RuntimeError names a quantizer that has no range to keep.
     """
-    for quantizer in quantizers(net, 'activation').values():
+    found = quantizers(net, 'activation').values()
+    for quantizer in found:
+        quantizer.require_range()
+    for quantizer in found:
         quantizer.freeze()
     return net
 

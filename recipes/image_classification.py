@@ -61,7 +61,7 @@ def parse_args(argv=None):
     add('--calibration-batches', type=int, default=10, help='training batches that set the initial ranges')
 
     add = parser.add_argument_group('fine-tuning').add_argument
-    add('--num-epochs', type=int, default=6, help='epochs of quantization-aware training')
+    add('--num-epochs', type=int, default=4, help='epochs of quantization-aware training')
     add('--batch-size', type=int, default=64)
     add('--lr', type=float, default=0.02)
     add('--lr-mode', choices=['step', 'poly', 'cosine', 'sine'], default='cosine', help='schedule of --lr')

@@ -291,7 +291,7 @@ class Quantizer(HybridBlock):
 
     def quantize(self, x):
         """The integer codes of x on ``self.grid``: int32 NDArray of x's shape, equal to what training rounds to."""
-        self._require_range()
+        self.require_range()
         self._complete(x)
         with autograd.pause():
             data = x.astype('float32')
@@ -312,7 +312,7 @@ class Quantizer(HybridBlock):
             parameter._finish_deferred_init()
 
     def _levels(self, x):
-        self._require_range()
+        self.require_range()
         self._complete(x)
         with autograd.pause():
             rows = None if x is None else self.rows(nd, x.astype('float32'))
@@ -328,7 +328,8 @@ class Quantizer(HybridBlock):
     def _fixed(self):
         return {name: nd.array(self.value(name)) for name in self._reg_params if name != 'mode'}
 
-    def _require_range(self):
+    def require_range(self):
+        """RuntimeError unless there is a range to quantize with."""
         if not self.calibrated and not self.default_range:
             raise RuntimeError(f'{self.where} ({type(self).__name__}) has no range yet: call gq.calibrate(net, '
                                'loader) or init_from(data) first')

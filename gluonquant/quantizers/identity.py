@@ -31,6 +31,9 @@ class Identity(HybridBlock):
         """RuntimeError, as `qparams`."""
         raise RuntimeError(f'{self.where} does not quantize: it has no codes')
 
+    def require_range(self):
+        """Nothing is required."""
+
     def freeze(self):
         """Nothing to freeze."""
 

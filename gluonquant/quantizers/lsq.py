@@ -16,6 +16,13 @@ def gradient_factor(F, elements, qmax):
     return F.rsqrt(F.cast(elements, 'float32') * qmax)
 
 
+def elements_per_sample(F, data):
+    """Elements of one sample of a batch (first axis), (1,): what N is for activations."""
+    data = F.BlockGrad(data)
+    batch = F.slice_axis(F.shape_array(data), axis=0, begin=0, end=1)
+    return F.cast(F.size_array(data), 'float32') / F.cast(batch, 'float32')
+
+
 class LearnedStep:
     """The gradient of LSQ, for both roles.
 
@@ -100,6 +107,4 @@ class LSQActivation(LearnedStep, ActivationQuantizer):
         return {'scale': max(scale, Q.EPS), 'initialized': 1.0}
 
     def elements(self, F, data):
-        data = F.BlockGrad(data)
-        shape = F.cast(F.shape_array(data), 'float32')
-        return F.cast(F.size_array(data), 'float32') / F.slice_axis(shape, axis=0, begin=0, end=1)
+        return elements_per_sample(F, data)

@@ -7,7 +7,7 @@ import numpy as np
 
 from .. import functional as Q
 from ..grid import Grid
-from .lsq import LSQWeight, gradient_factor
+from .lsq import LSQWeight, elements_per_sample, gradient_factor
 from .registry import activation, weight
 from .roles import ActivationQuantizer
 
@@ -96,10 +96,7 @@ class LSQPlusActivation(ActivationQuantizer):
         v = F.broadcast_div(F.broadcast_sub(F.BlockGrad(rows), shift), scale)
         middle = (v > self.grid.qmin) * (v < self.grid.qmax)
         v = Q.limit(F, v, self.grid.qmin, self.grid.qmax)       # x / scale may overflow, and 0 * inf is NaN
-        data = F.BlockGrad(data)
-        shape = F.cast(F.shape_array(data), 'float32')
-        elements = F.cast(F.size_array(data), 'float32') / F.slice_axis(shape, axis=0, begin=0, end=1)
-        factor = gradient_factor(F, elements, self.grid.qmax) * (1 - fixed['frozen']) * on
+        factor = gradient_factor(F, elements_per_sample(F, data), self.grid.qmax) * (1 - fixed['frozen']) * on
         step, offset = (F.broadcast_mul(Q.zero_with_gradient(F, F.reshape(params[name], shape=(1, 1))), factor)
                         for name in ('scale', 'offset'))
         residual = F.broadcast_add(code, zero_point) - middle * v

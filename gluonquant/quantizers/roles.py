@@ -167,6 +167,11 @@ class ActivationQuantizer(Quantizer):
         ready = super().ready(F, fixed)
         return ready * fixed['past_delay'] if self.delay_quant else ready
 
+    def freeze(self):
+        """Keep the range as it is; RuntimeError if there is none to keep."""
+        self.require_range()
+        super().freeze()
+
     def affine_bounds(self):
         """(lowest, highest) representable value."""
         scale, zero_point = (values[0] for values in self._levels(None))
