@@ -15,6 +15,7 @@ pretrained weights and, unless noted below, with 10 classes.  Remarks on particu
   passed to the constructor so that it agrees with ``size``.  Being a Python branch on the autograd mode,
   DropBlock is absent from a net whose first hybridized call was made in inference mode.
 * The pruned resnets (``_0.11`` and so on) always have 1000 classes: their layer shapes come from a file.
+* At 32 pixels, running statistics of xception71's 1x1 maps make its residual sums overflow; it takes 64.
 * The nasnet nets return ``(output, auxiliary output)``.  Three of them have concatenation inputs whose
   channel number is not a multiple of 16, for which the oneDNN concat backward of MXNet 1.9 can raise "could
   not construct a sub-memory"; they are marked ``train=False``.  They do train with
@@ -40,7 +41,7 @@ train : whether the backward pass works with the oneDNN operators enabled.
 """
 
 _FAST = {
-    'gluon': {'alexnet', 'densenet121', 'mobilenet0.25', 'mobilenetv2_0.25', 'resnet18_v1', 'resnet18_v2',
+    'gluon': {'alexnet', 'mobilenet0.25', 'mobilenetv2_0.25', 'resnet18_v1', 'resnet18_v2',
               'squeezenet1.0', 'vgg11'},
     'gluoncv': {'cifar_resnet20_v1', 'googlenet', 'mobilenetv3_small', 'resnest14', 'se_resnet18_v1',
                 'shufflenet_v1'},
@@ -92,7 +93,7 @@ _GLUONCV = (
         se_resnext50_32x4d se_resnext101_32x4d se_resnext101_64x4d se_resnext101e_64x4d
         senet_154 senet_154e shufflenet_v1 shufflenet_v2
         vgg11 vgg13 vgg16 vgg19 vgg11_bn vgg13_bn vgg16_bn vgg19_bn
-        xception xception71""")
+        xception""")
     + _entries('gluoncv', 32, """
         hrnet_w18_small_v1_c hrnet_w18_small_v2_c hrnet_w18_c hrnet_w30_c hrnet_w32_c hrnet_w40_c hrnet_w44_c
         hrnet_w48_c hrnet_w64_c""", class_arg='num_classes')
@@ -101,7 +102,7 @@ _GLUONCV = (
         resnet101_v1d_0.73 resnet101_v1d_0.76""", class_arg=None, classes=1000)
     + _entries('gluoncv', 32, 'nasnet_5_1538', outputs=2)
     + _entries('gluoncv', 32, 'nasnet_4_1056 nasnet_7_1920 nasnet_6_4032', outputs=2, train=False)
-    + _entries('gluoncv', 64, 'alexnet')
+    + _entries('gluoncv', 64, 'alexnet xception71')
     + _entries('gluoncv', 80, 'resnest26 resnest50 resnest101 resnest200 resnest269', input_size=80)
     + _entries('gluoncv', 224, """
         densenet121 densenet161 densenet169 densenet201 googlenet squeezenet1.0 squeezenet1.1
