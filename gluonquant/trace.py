@@ -1,8 +1,11 @@
 """What the traced symbol tells about a net's layers: their order, what they read, whether it can be negative."""
 import json
+import logging
 from collections import namedtuple
 
 import mxnet as mx
+
+_log = logging.getLogger(__name__)
 
 Reading = namedtuple('Reading', 'order tensor nonnegative uses')
 Reading.__doc__ = """One layer's place in the graph.
@@ -33,7 +36,9 @@ def trace(net):
     """
     try:
         out = net(mx.sym.var('data'))
-    except Exception:       # any net code may run here, and fail in its own way: then nothing is known
+    except Exception as error:      # any net code may run here, and fail in its own way: then nothing is known
+        _log.info('%s cannot be traced (%s: %s): its inputs count as signed, its layers as ordered by registration',
+                  type(net).__name__, type(error).__name__, error)
         return {}
     nodes = json.loads(_group(out).tojson())['nodes']
     positive = _nonnegative(nodes)
