@@ -1,4 +1,6 @@
 """Switches over a whole net: modes, frozen ranges, frozen BatchNorm, phases."""
+import warnings
+
 import numpy as np
 import pytest
 from mxnet import autograd, gluon, init, nd
@@ -61,6 +63,17 @@ def moved(before, after):
 
 
 # ---------------------------------------------------------------- modes
+
+
+@every_method
+@hybridized_or_not
+def test_a_net_without_ranges_trains_in_float_while_it_is_only_observed(seed, method, hybridized):
+    net = gq.set_mode(gq.convert(floating(), method=method), 'observe')
+    net.hybridize(hybridized, **(STATIC if hybridized else {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        train(net)
+    assert all(np.isfinite(parameter.data().asnumpy()).all() for parameter in net.collect_params().values())
 
 
 @every_method

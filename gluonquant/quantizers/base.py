@@ -233,18 +233,20 @@ class Quantizer(HybridBlock):
         self._known_ready = False
 
     def _on_use(self):
-        if self.calibrated or self.value('mode')[0] == OFF:
+        if self.calibrated:
             return
-        weight = self.source
+        mode, weight = self.value('mode')[0], self.source
+        if mode == OFF:
+            return
         if autograd.is_training():
             if weight is not None:
                 with autograd.pause():
                     self.init_from(weight)
-            elif not self.starts_by_itself and self.nested:
+            elif mode == QUANTIZE and not self.starts_by_itself and self.nested:
                 raise RuntimeError(
                     f'{self.where} ({type(self).__name__}) has no range yet and cannot train without one. '
                     'Call gq.calibrate(net, loader) before training, or load a quantized checkpoint.')
-        elif not self._warned:
+        elif mode == QUANTIZE and not self._warned:
             self._warned = True
             warnings.warn(f'{self.where} ({type(self).__name__}) is not calibrated: its input passes unquantized. '
                           'Call gq.calibrate(net, loader), or load a quantized checkpoint.', stacklevel=2)
