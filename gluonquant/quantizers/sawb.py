@@ -54,9 +54,6 @@ class SAWB(WeightQuantizer):
             return super().codes(F, rows, scale, zero_point, fixed)
         return midrise_codes(F, (F.broadcast_div(rows, scale) + self.grid.steps) / 2, self.grid.steps)
 
-    def bounds(self, F, scale, zero_point, fixed):
-        return -scale * self.grid.qmax, scale * self.grid.qmax
-
 
 def midrise_codes(F, v, steps):
     """The odd codes 2k - L of k = R(v), 0 <= k <= L."""
