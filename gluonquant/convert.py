@@ -16,10 +16,12 @@ from .trace import Reading, trace
 PRESETS = {'int8': ('int8', 'int8'), 'fqn': ('fqn', 'fqn'), 'pact': ('sawb', 'pact'), 'dorefa': ('dorefa', 'dorefa'),
            'qil': ('qil', 'qil'), 'gdrq': ('gdrq', 'gdrq'), 'lsq': ('lsq', 'lsq')}
 DEFAULT_METHOD = 'lsq'
-# What suits pre-trained nets better than a method's own default.
+# What suits pre-trained nets better than a method's own default. GDRQ: thresholds for reshaping cut a trained net down
+# to chance (resnet20, CIFAR-10 training images, calibrated only: 9 %; with these 68 %).
 _PRETRAINED = {('weight', 'lsq'): {'per_channel': True}, ('weight', 'lsqplus'): {'per_channel': True},
                ('weight', 'dorefa'): {'options': {'rescale': 'max'}},
-               ('activation', 'gdrq'): {'options': {'ktimes': 4.0, 'lam': 0.01}}}
+               ('weight', 'gdrq'): {'options': {'ktimes': 4.0}},
+               ('activation', 'gdrq'): {'options': {'ktimes': 8.0, 'lam': 0.01}}}
 _SIGNED_FALLBACK = 'int8'       # for inputs below zero, where the method is for ReLU outputs only
 
 

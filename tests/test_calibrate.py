@@ -93,7 +93,7 @@ FORMULAS = {
     'int8': lambda seen, signed: moving_average(seen),
     'lsq': lambda seen, signed: {'scale': 2 * np.abs(flat(seen)).mean() / math.sqrt(7 if signed else 15)},
     'pact': lambda seen, signed: {'alpha': percentile(seen, signed)},
-    'gdrq': lambda seen, signed: {'threshold': 4 * np.abs(flat(seen)).mean()},
+    'gdrq': lambda seen, signed: {'threshold': 8 * np.abs(flat(seen)).mean()},
     'qil': lambda seen, signed: {name: percentile(seen, signed) * part
                                  for name, part in (('start', 1), ('center', 0.5), ('distance', 0.5))},
     'fqn': lambda seen, signed: {'lo': np.percentile(flat(seen), 0.1), 'hi': np.percentile(flat(seen), 99.9)},

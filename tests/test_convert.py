@@ -190,7 +190,7 @@ def test_options_reach_the_quantizers(net):
 
 def test_options_add_to_those_for_pretrained_nets(net):
     gq.convert(net, method='gdrq', activation_options={'lam': 0.25})
-    assert spec(net, '2', 'activation').options == {'ktimes': 4.0, 'lam': 0.25}
+    assert spec(net, '2', 'activation').options == {'ktimes': 8.0, 'lam': 0.25}
 
 
 def test_dorefa_weights_keep_their_size(net):
@@ -294,7 +294,7 @@ def test_rules_win_over_first_and_last(net):
 def test_options_of_a_rule_add_unless_the_method_changes(net):
     gq.convert(net, method='gdrq', rules=[{'pattern': '2', 'activation_options': {'lam': 0.5}},
                                           {'pattern': '4', 'activation': 'pact'}])
-    assert spec(net, '2', 'activation').options == {'ktimes': 4.0, 'lam': 0.5}
+    assert spec(net, '2', 'activation').options == {'ktimes': 8.0, 'lam': 0.5}
     assert spec(net, '4', 'activation').options == {}
 
 
