@@ -88,10 +88,8 @@ def load(path, net, ctx=None):
             undo(net)
         raise
     for name, parameter in net._collect_params_with_prefix().items():
-        if parameter._data is None and not parameter._deferred_init:
-            parameter._load_init(nd.array(arrays[name], dtype=arrays[name].dtype), ctx)
-        else:
-            parameter._load_init(nd.array(arrays[name], dtype=arrays[name].dtype), None)
+        placed = parameter._data is not None or parameter._deferred_init
+        parameter._load_init(nd.array(arrays[name], dtype=arrays[name].dtype), None if placed else ctx)
     for name, block in batchnorms(net).items():
         block._kwargs['use_global_stats'] = name in frozen
     clear_caches(net)

@@ -133,7 +133,7 @@ class Quantizer(HybridBlock):
         on = mode > OBSERVE
         fixed.update(self.advance(F, constant, mode, params, fixed))
         on = on * self.ready(F, fixed)
-        scale, zero_point = self.hold(F, *self.levels(F, constant, fixed), fixed)
+        scale, zero_point = self.levels_in_use(F, constant, fixed)
         code = self.codes(F, constant, scale, zero_point, fixed)
         value = self.decode(F, code, scale, on, fixed) + F.broadcast_mul(constant, 1 - on)
         gradient = self.surrogate(F, rows, on, code, scale, zero_point, params, fixed, data)
@@ -162,9 +162,9 @@ class Quantizer(HybridBlock):
         """Write the state of this forward pass; returns the new values by name."""
         return {}
 
-    def hold(self, F, scale, zero_point, fixed):
-        """Replace levels that follow the weight by those held since `freeze`."""
-        return scale, zero_point
+    def levels_in_use(self, F, rows, fixed):
+        """`levels`, or what is held in their place since `freeze`."""
+        return self.levels(F, rows, fixed)
 
     def levels(self, F, rows, fixed):
         """(scale, zero_point): arrays (R, 1); zero_point None means 0."""
@@ -299,7 +299,7 @@ class Quantizer(HybridBlock):
             data = x.astype('float32')
             rows = self.rows(nd, data)
             fixed = self._fixed()
-            scale, zero_point = self.hold(nd, *self.levels(nd, rows, fixed), fixed)
+            scale, zero_point = self.levels_in_use(nd, rows, fixed)
             code = self.codes(nd, rows, scale, zero_point, fixed)
             if zero_point is not None:
                 code = nd.broadcast_add(code, zero_point)
@@ -319,7 +319,7 @@ class Quantizer(HybridBlock):
         with autograd.pause():
             rows = None if x is None else self.rows(nd, x.astype('float32'))
             fixed = self._fixed()
-            scale, zero_point = self.hold(nd, *self.levels(nd, rows, fixed), fixed)
+            scale, zero_point = self.levels_in_use(nd, rows, fixed)
             zeros = np.zeros(scale.shape) if zero_point is None else zero_point.asnumpy()
             scale = scale.asnumpy().reshape(-1)
         if not np.isfinite(scale).all():

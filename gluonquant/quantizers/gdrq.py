@@ -70,7 +70,7 @@ class GDRQWeight(_Phased, WeightQuantizer):
         return F.maximum(mean * F.reshape(fixed['ratio'], shape=(-1, 1)), Q.EPS) / self.grid.qmax, None
 
     def advance(self, F, rows, mode, params, fixed):
-        scale, _ = self.hold(F, *self.levels(F, rows, fixed), fixed)
+        scale, _ = self.levels_in_use(F, rows, fixed)
         low, high = self.bounds(F, scale, None, fixed)
         return {'clipped': F.broadcast_minimum(F.broadcast_maximum(rows, low), high)}
 

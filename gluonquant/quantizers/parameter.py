@@ -70,7 +70,7 @@ class QuantizerParameter(gluon.Parameter):
             self.on_use = on_use
 
     def prepare(self):
-        """Initialize if nobody did, and project to the lower bound."""
+        """Initialize if nobody did, and project to the bounds."""
         if self._data is None:
             if not self._deferred_init:
                 initialized = self.like is not None and self.like._data is not None

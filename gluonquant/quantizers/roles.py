@@ -90,7 +90,8 @@ class WeightQuantizer(Quantizer):
     def per_axis(self, values):
         return np.repeat(values, self.group_size) if self.per_channel else values
 
-    def hold(self, F, scale, zero_point, fixed):
+    def levels_in_use(self, F, rows, fixed):
+        scale, zero_point = self.levels(F, rows, fixed)
         if not self.holds:
             return scale, zero_point
         scale = Q.choose(F, fixed['frozen'], F.reshape(fixed['held_scale'], shape=(-1, 1)), scale)
