@@ -498,6 +498,16 @@ def test_a_shared_average_advances_once_after_loading(tmp_path, way):
     assert other.a.input_quantizer.value('amax') == 2
 
 
+def averages_once_per_step(net, hybridized):
+    """Convert ``net`` (layers a and b reading its input), train on amax 1, then 3, and expect their average."""
+    net.initialize()
+    gq.convert(net, method='int8', first_last_bits=4, activation_options={'ema_decay': 0.5})
+    net.hybridize(hybridized)
+    for amax in (1, 3):
+        train_step(net, nd.full((2, 4), amax))
+    assert net.a.input_quantizer.value('amax') == 2
+
+
 class TwoParts(gluon.Block):
     """Two branches that are hybridized each for itself."""
 
@@ -512,13 +522,7 @@ class TwoParts(gluon.Block):
 
 @hybridized_or_not
 def test_a_shared_average_advances_once_when_the_branches_are_graphs_of_their_own(hybridized):
-    net = TwoParts()
-    net.initialize()
-    gq.convert(net, method='int8', first_last_bits=4, activation_options={'ema_decay': 0.5})
-    net.hybridize(hybridized)
-    for amax in (1, 3):
-        train_step(net, nd.full((2, 4), amax))
-    assert net.a.input_quantizer.value('amax') == 2
+    averages_once_per_step(TwoParts(), hybridized)
 
 
 @hybridized_or_not
@@ -579,13 +583,7 @@ class ThreeReaders(Branches):
 
 @hybridized_or_not
 def test_a_layer_used_twice_on_a_shared_tensor_advances_the_average_once(hybridized):
-    net = ThreeReaders()
-    net.initialize()
-    gq.convert(net, method='int8', first_last_bits=4, activation_options={'ema_decay': 0.5})
-    net.hybridize(hybridized)
-    for amax in (1, 3):
-        train_step(net, nd.full((2, 4), amax))
-    assert net.a.input_quantizer.value('amax') == 2
+    averages_once_per_step(ThreeReaders(), hybridized)
 
 
 # ---------------------------------------------------------------- refusals: the net stays as it was
