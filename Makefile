@@ -49,6 +49,8 @@ $(VENV)/venv.stamp: tools/find_python.sh
 $(VENV)/demo.stamp: $(VENV)/venv.stamp requirements/demo.txt requirements/gluoncv.txt
 	$(BIN)/python -m pip install --quiet -r requirements/demo.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements/gluoncv.txt
+	@# Compiles the operators now, not at the first import; says so if it cannot, and then all runs without them.
+	@$(BIN)/python -c "import gluonquant.ops"
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp requirements/test.txt

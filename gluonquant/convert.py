@@ -5,7 +5,7 @@ from itertools import takewhile
 
 from mxnet.gluon import Block, HybridBlock
 
-from . import quantizers
+from . import fuse, quantizers
 from .config import LayerConfig, QuantizerSpec, Rule, matches
 from .grid import check_bits
 from .layers import LAYERS, QuantizedLayer, SharedInput, named_blocks
@@ -134,11 +134,12 @@ def apply(net, plan):
             for path in readers:
                 blocks[path].share_input(shared, path)
     clear_caches(net)
-    return net
+    return fuse.install(net)
 
 
 def undo(net):
     """Make every quantized layer of ``net`` float again."""
+    fuse.uninstall(net)
     for _, block in named_blocks(net):
         if isinstance(block, QuantizedLayer):
             block.to_float()

@@ -45,6 +45,11 @@ def times(F, rows, factor):
     return F.reshape(product, shape=(0, 0))
 
 
+def row_mean(F, rows):
+    """The mean of each row, (R, 1), added up in float64: scales made of it do not depend on the order."""
+    return F.cast(F.mean(F.cast(rows, 'float64'), axis=1, keepdims=True), 'float32')
+
+
 def inside(F, x, low, high):
     """1 where low <= x <= high (arrays that broadcast against x), else 0."""
     return F.broadcast_greater_equal(x, low) * F.broadcast_lesser_equal(x, high)

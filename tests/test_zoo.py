@@ -8,6 +8,7 @@ import pytest
 from mxnet import autograd, gluon, nd
 
 import gluonquant as gq
+from gluonquant.fuse import fuse
 from zoo import ZOO, build, entry_id
 
 
@@ -32,6 +33,15 @@ def settle_statistics(net, x):
         norm._kwargs['momentum'] = momentum
 
 
+def pooled_by_mean(net):
+    """The hybridized float ``net`` with the one rewriting of converted nets that moves last bits: global average
+    pooling becomes a mean. The untrained nets here amplify a difference of 1e-7 to any size."""
+    out = mx.sym.Group(outputs(net(mx.sym.var('data'))))
+    pooled = gluon.SymbolBlock(fuse(out), mx.sym.var('data'), net.collect_params())
+    pooled.hybridize()
+    return pooled
+
+
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
     # Searching a graph for common subexpressions takes time quadratic in its size: minutes for the deepest nets.
@@ -51,8 +61,7 @@ def test_net_converts_loads_calibrates_and_trains(entry, tmp_path):
     float_net.initialize(mx.init.Xavier(), force_reinit=True)
     if trains:
         settle_statistics(float_net, x)
-    float_net.hybridize()
-    expected = run(float_net, x)
+    expected = run(pooled_by_mean(float_net), x)
     checkpoint = str(tmp_path / 'float.params')
     float_net.save_parameters(checkpoint)
     del float_net
@@ -65,7 +74,7 @@ def test_net_converts_loads_calibrates_and_trains(entry, tmp_path):
     net.hybridize()
     gq.set_mode(net, 'off')
     for out, reference in zip(run(net, x), expected):
-        assert np.array_equal(out, reference)       # no quantization: the float net bit for bit
+        assert np.array_equal(out, reference)       # no quantization: that float net bit for bit
 
     gq.set_mode(net, 'quantize')
     quantized = run(net, x)

@@ -25,6 +25,7 @@ class AffineWeight(WeightQuantizer):
 
     Grid: unsigned with zero point. Gradient: identity.
     """
+    fused = 'affine'
     per_channel_default = True
     has_zero_point = True
     ewgs_supported = True
@@ -41,6 +42,7 @@ class AffineWeight(WeightQuantizer):
 @weight('fqn')
 class FQNWeight(AffineWeight):
     """`AffineWeight`; the method's own part is the folded, frozen BatchNorm in front of it."""
+    fused = 'affine'
 
 
 @activation('affine')
@@ -56,6 +58,8 @@ class AffineActivation(ActivationQuantizer):
 
     State: ``lo``, ``hi``, ``initialized``, each (1,).
     """
+    fused = 'affine'
+    follows = True
     marker = 'initialized'
     tracks = True
     ewgs_supported = True
@@ -76,6 +80,9 @@ class AffineActivation(ActivationQuantizer):
             self.lo = self.state('lo')
             self.hi = self.state('hi')
             self.initialized = self.state('initialized')
+
+    def fused_options(self):
+        return {**super().fused_options(), 'decay': self.ema_decay, 'percentile': self.percentile}
 
     def initial(self, x):
         low, high = self.seen(x).affine_range()
@@ -103,4 +110,5 @@ class AffineActivation(ActivationQuantizer):
 @activation('fqn')
 class FQNActivation(AffineActivation):
     """`AffineActivation` with P = 99.9."""
+    fused = 'affine'
     default_percentile = 99.9

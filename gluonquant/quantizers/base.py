@@ -8,6 +8,7 @@ from mxnet import autograd, nd
 from mxnet.gluon import HybridBlock
 
 from .. import functional as Q
+from .. import ops
 from ..grid import check_bits
 from .parameter import QuantizerParameter
 
@@ -54,6 +55,7 @@ class Quantizer(HybridBlock):
     tracks = False              # has state that follows the data, or learnable ranges: can be frozen
     ewgs_supported = False
     grad_mode = 'ste'           # 'clip': no gradient outside the representable range
+    fused = None                # the fused operators' name of exactly this class's formulas; not inherited
 
     def __init__(self, bits, grid, ewgs=None, prefix=None, params=None):
         super().__init__(prefix=prefix, params=params)
@@ -127,6 +129,44 @@ class Quantizer(HybridBlock):
 
     def hybrid_forward(self, F, x, mode, **params):
         data = x if self._dtype == 'float32' else F.cast(x, 'float32')
+        operator = ops.name(self.role) if self.can_fuse(data) else None
+        quantize = self.composed if operator is None else self.single(operator)
+        out = quantize(F, data, mode, params)
+        return out if self._dtype == 'float32' else F.cast(out, self._dtype)
+
+    def can_fuse(self, data):
+        """Whether one operator can stand for this quantizer: the one of its class, not of a class above it."""
+        return 'fused' in type(self).__dict__ and self.ewgs is None
+
+    def fused_options(self):
+        """Attributes of the fused operator besides the grid."""
+        return {}
+
+    def single(self, operator):
+        """The forward pass as one fused operator."""
+        def quantize(F, data, mode, params):
+            tensors = self.operands(F, data, mode, params)
+            return ops.fake_quantize(F, operator, tensors, method=self.fused, qmin=self.grid.qmin, qmax=self.grid.qmax,
+                                     signed=self.grid.signed, gate=self.grad_mode == 'clip', **self.fused_options())
+        return quantize
+
+    def operands(self, F, data, mode, params):
+        """The inputs of the fused operator by name.
+
+        The extension interface overwrites gradients that it should add to (``grad_req='add'``). What may be a Parameter
+        or a network's input gets an identity in front, which adds; the layout tier does so itself.
+        """
+        tensors = {'data': data, 'mode': mode, **params}
+        if ops.in_layout():
+            return tensors
+        return {name: F.identity(value) if name == 'data' or self._is_trainable(name) else value
+                for name, value in tensors.items()}
+
+    def _is_trainable(self, name):
+        return name in self._reg_params and self._reg_params[name].trainable
+
+    def composed(self, F, data, mode, params):
+        """The forward pass of plain MXNet operators."""
         rows = self.rows(F, data)
         constant = F.BlockGrad(rows)
         fixed = {name: F.BlockGrad(value) for name, value in params.items()}
@@ -137,8 +177,7 @@ class Quantizer(HybridBlock):
         code = self.codes(F, constant, scale, zero_point, fixed)
         value = self.decode(F, code, scale, on, fixed) + F.broadcast_mul(constant, 1 - on)
         gradient = self.surrogate(F, rows, on, code, scale, zero_point, params, fixed, data)
-        out = self.unrows(F, F.BlockGrad(value) + gradient, data)
-        return out if self._dtype == 'float32' else F.cast(out, self._dtype)
+        return self.unrows(F, F.BlockGrad(value) + gradient, data)
 
     def rows(self, F, x):
         """x as rows that share a scale: (R, K)."""

@@ -13,6 +13,7 @@ class ClipReLU(ActivationQuantizer):
     threshold : float, default 6.0
         Fixed; calibration and training leave it alone. Saved as the state ``threshold`` (1,).
     """
+    fused = 'cliprelu'
     signed_supported = False
     grad_mode = 'clip'
 

@@ -20,6 +20,7 @@ class DoReFaWeight(WeightQuantizer):
     ----------
     rescale : None (r = 1, as in the paper: a train-mode BatchNorm must follow) or 'max' (r = max|w|, a constant)
     """
+    fused = 'dorefa'
     tracks = holds = False
 
     def __init__(self, bits=4, rescale=None, detach_max=False, **kwargs):
@@ -32,10 +33,13 @@ class DoReFaWeight(WeightQuantizer):
         self.rescale = rescale
         self.detach_max = detach_max
 
+    def fused_options(self):
+        return {**super().fused_options(), 'midrise': True, 'rescale': self.rescale == 'max', 'detach': self.detach_max}
+
     def levels(self, F, rows, fixed):
         magnitude = F.abs(rows)
         if self.grid.bits == 1:
-            return F.mean(magnitude, axis=1, keepdims=True), None
+            return Q.row_mean(F, magnitude), None
         largest = F.max(magnitude, axis=1, keepdims=True)
         return (largest if self.rescale == 'max' else largest > 0) / self.grid.steps, None
 
@@ -69,6 +73,7 @@ class DoReFaActivation(ActivationQuantizer):
 
     For nets whose activations have about unit range; pre-trained ones want `PACT`. No range to calibrate.
     """
+    fused = 'dorefa'
     signed_supported = False
     grad_mode = 'clip'
 

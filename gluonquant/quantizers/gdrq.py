@@ -44,6 +44,7 @@ class GDRQWeight(_Phased, WeightQuantizer):
 
     State: ``phase`` (1,), ``ratio`` (groups,), the multiple of mean|w| in use.
     """
+    fused = 'gdrq'
     min_bits = 2
 
     def __init__(self, bits=4, ktimes=2.0, group_size=-1, do_quant=True, alpha_mode='mean', grad_mode='ste',
@@ -66,7 +67,7 @@ class GDRQWeight(_Phased, WeightQuantizer):
             self.ratio = self.state('ratio', shape=self.scale_shape(), init=ktimes)
 
     def levels(self, F, rows, fixed):
-        mean = F.mean(F.abs(rows), axis=1, keepdims=True)
+        mean = Q.row_mean(F, F.abs(rows))
         return F.maximum(mean * F.reshape(fixed['ratio'], shape=(-1, 1)), Q.EPS) / self.grid.qmax, None
 
     def advance(self, F, rows, mode, params, fixed):
@@ -107,6 +108,8 @@ class GDRQActivation(_Phased, ActivationQuantizer):
 
     State: ``threshold`` (1,), 0 = no range yet; ``phase`` (1,).
     """
+    fused = 'gdrq'
+    follows = True
     marker = 'threshold'
     tracks = True
 
@@ -123,6 +126,9 @@ class GDRQActivation(_Phased, ActivationQuantizer):
         with self.name_scope():
             self.threshold = self.state('threshold')
             self.phase = self.state('phase', init=float(do_quant))
+
+    def fused_options(self):
+        return {**super().fused_options(), 'decay': self.decay, 'ktimes': self.ktimes}
 
     def initial(self, x):
         seen = self.seen(x)

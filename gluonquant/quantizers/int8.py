@@ -28,6 +28,7 @@ class Int8Weight(WeightQuantizer):
 
     Grid: signed narrow, bits >= 2. Gradient: identity (the range contains every weight; the scale is a constant).
     """
+    fused = 'int8'
     min_bits = 2
     per_channel_default = True
     ewgs_supported = True
@@ -54,6 +55,8 @@ class Int8Activation(ActivationQuantizer):
 
     State: ``amax`` (1,), 0 = no range yet.
     """
+    fused = 'int8'
+    follows = True
     marker = 'amax'
     tracks = True
     ewgs_supported = True
@@ -67,6 +70,9 @@ class Int8Activation(ActivationQuantizer):
         self.grad_mode = check_grad_mode(grad_mode)
         with self.name_scope():
             self.amax = self.state('amax')
+
+    def fused_options(self):
+        return {**super().fused_options(), 'decay': self.ema_decay}
 
     def initial(self, x):
         return {'amax': self.seen(x).range(self.grid)[1]}

@@ -67,6 +67,7 @@ class LSQWeight(LearnedStep, WeightQuantizer):
     Parameters: ``scale`` (1,) or (channels,), learned without weight decay; starts at 2 mean|w| / sqrt(qmax) of the
     weight when training or calibration begins.
     """
+    fused = 'lsq'
     min_bits = 2
     holds = False
 
@@ -91,6 +92,8 @@ class LSQActivation(LearnedStep, ActivationQuantizer):
     Parameters: ``scale`` (1,), learned without weight decay; starts at 2 mean|x| / sqrt(qmax) of the calibration
     data or, outside of a net, of the first training batch.
     """
+    fused = 'lsq'
+    reads_input_again = True
 
     def __init__(self, bits=4, signed=None, **kwargs):
         signed = bool(signed)

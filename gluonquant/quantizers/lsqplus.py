@@ -15,6 +15,7 @@ from .roles import ActivationQuantizer
 @weight('lsqplus')
 class LSQPlusWeight(LSQWeight):
     """`LSQWeight` that starts at max(|mu - 3 sigma|, |mu + 3 sigma|) / 2**(bits - 1)."""
+    fused = 'lsqplus'
 
     def initial(self, x):
         rows = self.row_values(x)
@@ -34,6 +35,8 @@ class LSQPlusActivation(ActivationQuantizer):
     squared error among 100 shrunk copies of [min, max]. Deployed with the zero point R(-offset / scale) clipped to
     the grid; ``nudge_offset`` makes training use exactly that (state ``nudged``).
     """
+    fused = 'lsqplus'
+    reads_input_again = True
     marker = 'initialized'
     starts_by_itself = False
     tracks = True

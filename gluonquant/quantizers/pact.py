@@ -18,6 +18,7 @@ class PACT(ActivationQuantizer):
     Parameters: ``alpha`` (1,), learned with the weights' weight decay; starts at the 99.9th percentile of the
     calibration data, without calibration at 8.0; kept >= 1e-3.
     """
+    fused = 'pact'
     marker = 'initialized'
     default_range = True
     tracks = True

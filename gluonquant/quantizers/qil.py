@@ -34,6 +34,9 @@ class Interval:
             self.center = self.learned('center', init=0.5, lower=(self.distance, 1.0), lr_mult=0.01)
             self.initialized = self.state('initialized')
 
+    def fused_options(self):
+        return {**super().fused_options(), 'rescale': self.rescale}
+
     def interval_on(self, t0):
         """The Parameters that make the quantizer the identity, but for rounding, on [0, t0]."""
         t0 = max(float(t0), Q.EPS)
@@ -104,6 +107,7 @@ class QILWeight(Interval, WeightQuantizer):
     train_gamma : bool, default False
         Let the Trainer move the exponent ``gamma``; otherwise its learning-rate multiplier is 0.
     """
+    fused = 'qil'
     min_bits = 2
     holds = False
 
@@ -137,6 +141,8 @@ class QILActivation(Interval, ActivationQuantizer):
 
     Deployed, the encoder has its own scale: `encoder` gives it with p, which folds into the bias before.
     """
+    fused = 'qil'
+    reads_input_again = True
     signed_supported = False
     default_observer = 'percentile'
     observer_options = {'percentile': 99.9}

@@ -3,7 +3,7 @@ import numpy as np
 from mxnet import nd
 
 from .. import functional as Q
-from .. import observers
+from .. import observers, ops
 from .base import OFF, Quantizer
 
 
@@ -63,6 +63,19 @@ class WeightQuantizer(Quantizer):
         for parameter in self._reg_params.values():
             if parameter.shape == (0,):
                 parameter.shape = shape
+
+    def can_fuse(self, data):
+        return super().can_fuse(data) and self._shape_known(data)
+
+    def _shape_known(self, data):
+        # The extension interface infers shapes forwards only.
+        if isinstance(data, nd.NDArray):
+            return True
+        shape = self._bound[0].shape if self._bound else self.shape
+        return shape is not None and all(size > 0 for size in shape)
+
+    def fused_options(self):
+        return {**super().fused_options(), 'axis': self.axis if self.per_channel else -1, 'group': self.group_size}
 
     def rows(self, F, x):
         # Inference leaves convolution weights in a blocked layout, which MXNet's reshape cannot read if they are
@@ -133,6 +146,8 @@ class ActivationQuantizer(Quantizer):
     """
     role = 'activation'
     signed_supported = True
+    follows = False             # the forward pass updates statistics
+    reads_input_again = False   # the gradient needs the input, not only where it was clipped
     default_observer = 'minmax'
     observer_options = {}
 
@@ -147,6 +162,19 @@ class ActivationQuantizer(Quantizer):
         if delay_quant:
             with self.name_scope():
                 self.steps = self.state('steps')
+
+    def can_fuse(self, data):
+        # The backward pass of a method that reads its input again cannot see how often the delay had been counted.
+        return super().can_fuse(data) and not (self.delay_quant and self.reads_input_again)
+
+    def operands(self, F, data, mode, params):
+        tensors = super().operands(F, data, mode, params)
+        if (self.follows or self.delay_quant) and not ops.in_layout():
+            tensors['training'] = Q.is_training(F)
+        return tensors
+
+    def fused_options(self):
+        return {**super().fused_options(), **({'delay': self.delay_quant} if self.delay_quant else {})}
 
     def advance(self, F, rows, mode, params, fixed):
         if not self.tracks and not self.delay_quant:

@@ -26,6 +26,7 @@ class SAWB(WeightQuantizer):
     ValueError
         Bits outside 2..8: the constants are fitted for those.
     """
+    fused = 'sawb'
     min_bits = 2
     max_bits = 8
 
@@ -38,11 +39,14 @@ class SAWB(WeightQuantizer):
         self.grad_mode = check_grad_mode(grad_mode)
         self._c1, self._c2 = (_MIDRISE if midrise else _NARROW)[bits]
 
+    def fused_options(self):
+        return {**super().fused_options(), 'midrise': self.grid.midrise, 'c1': self._c1, 'c2': self._c2}
+
     def alpha(self, F, rows):
         """The clipping level of each row, (R, 1)."""
         magnitude = F.abs(rows)
-        mean = F.mean(magnitude, axis=1, keepdims=True)
-        alpha = self._c1 * F.sqrt(F.mean(F.square(rows), axis=1, keepdims=True)) + self._c2 * mean
+        mean = Q.row_mean(F, magnitude)
+        alpha = self._c1 * F.sqrt(Q.row_mean(F, F.square(F.cast(rows, 'float64')))) + self._c2 * mean
         largest = F.max(magnitude, axis=1, keepdims=True)
         return F.maximum(F.broadcast_minimum(F.broadcast_maximum(alpha, mean), largest), Q.EPS)
 
