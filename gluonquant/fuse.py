@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import mxnet as mx
 from mxnet.gluon import HybridBlock
+from mxnet.ndarray import NDArray
 
 from .layers import QuantizedLayer, layers, named_blocks
 from .ops.load import PREFIXES
@@ -82,17 +83,16 @@ def _lift_guard(graph, quantizer):
 
 
 def _lower_guard(graph, quantizer, guard):
-    """Put ``guard`` back, and another one in front of what is added to the tensor."""
+    """Put ``guard`` back where a variable is read: its gradient may have to be added to."""
     if guard is None:
         return
-    places, guards = [0], [guard]
-    if _says(quantizer.attrs, 'add'):
-        places.append(-1)
-        guards.append(Node('_copy', f'{guard.name}_other', dict(guard.attrs), [], []))
     inputs = list(quantizer.inputs)
-    for place, node in zip(places, guards):
-        graph.connect(node, [inputs[place]])
-        inputs[place] = Entry(node)
+    places = [0, -1] if _says(quantizer.attrs, 'add') else [0]
+    for place in places:
+        if inputs[place].node.op == 'null':
+            node = Node('_copy', guard.name + '_other' * (place < 0), dict(guard.attrs), [], [])
+            graph.connect(node, [inputs[place]])
+            inputs[place] = Entry(node)
     graph.connect(quantizer, inputs)
 
 
@@ -161,6 +161,16 @@ class FusedGraph:
     def _get_graph(self, *args):
         if not self._cached_graph:
             inputs, out = super()._get_graph(*args)
+            weights = (layer.weight for layer in layers(self).values())
+            unknown = [weight for weight in weights if not all(size > 0 for size in weight.shape)]
+            if unknown and all(isinstance(arg, NDArray) for arg in args):
+                # A quantizer whose weight has no shape yet is composed of plain operators. That graph tells the shapes;
+                # then the net is traced again.
+                self._deferred_infer_shape(*args)
+                self._cached_graph = ()
+                for weight in unknown:
+                    weight._var = None      # the variable remembers the shape it was made with
+                inputs, out = super()._get_graph(*args)
             self._cached_graph = inputs, fuse(out)
         return self._cached_graph
 

@@ -16,6 +16,7 @@ from mxnet.gluon import nn
 import gluonquant as gq
 from gluonquant import fuse as module
 from gluonquant import ops
+from gluonquant.convert import undo
 from gluonquant.fuse import FusedGraph, fuse, install, outputs, rewrite, uninstall
 from gluonquant.layers import QConv2D, QDense
 from gluonquant.symbol_graph import Entry, Graph, ancestors
@@ -613,11 +614,12 @@ def images():
 
 
 def converted(kind=Net, **options):
+    """A calibrated net whose graphs are not fused yet."""
     net = kind(prefix='net_')
     net.initialize(init.Xavier())
     net(images())
     gq.calibrate(gq.convert(net, **options), [images()])
-    return net
+    return uninstall(net)
 
 
 def traced_op(block, name='pool_fwd'):
@@ -635,6 +637,13 @@ def test_the_graph_of_an_installed_net_is_fused(net):
     install(net).hybridize()
     np.testing.assert_allclose(net(images()).asnumpy(), plain, rtol=0, atol=1e-6)   # one mean of 36 float32 values
     assert traced_op(net) == 'mean'
+
+
+def test_converting_installs_and_undoing_it_uninstalls():
+    net = Net()
+    assert isinstance(gq.convert(net), FusedGraph)
+    undo(net)
+    assert type(net) is Net
 
 
 def test_the_class_of_an_installed_net_is_hard_to_tell_from_its_own(net):
@@ -714,7 +723,7 @@ def test_float_nets_and_symbol_blocks_stay_as_they_are():
 @pytest.mark.filterwarnings('ignore:.*not calibrated')
 def test_shapes_are_inferred_through_the_fused_graph(seed):
     net = Net()
-    install(gq.convert(net, method='int8')).initialize()
+    gq.convert(net, method='int8').initialize()
     net.hybridize()
     assert net(images()).shape == (2, 3) and net.conv.weight.shape == (4, 3, 3, 3) and traced_op(net) == 'mean'
 

@@ -20,6 +20,8 @@ def portable():
     """Register the operators of both tiers with MXNet, unless they are; returns the path of their library."""
     if sys.platform != 'linux':
         raise Unsupported('compiled operators are for Linux')
+    if mx.runtime.Features().is_enabled('CUDA'):
+        raise Unsupported('compiled operators are for CPUs, and this MXNet may be asked for a GPU')
     path = find('portable')
     if not hasattr(mx.nd._internal, PREFIXES['portable'] + ROLES[0]):
         open_library(path)

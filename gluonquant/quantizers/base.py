@@ -10,7 +10,7 @@ from mxnet.gluon import HybridBlock
 from .. import functional as Q
 from .. import ops
 from ..grid import check_bits
-from .parameter import QuantizerParameter
+from .parameter import LARGEST, QuantizerParameter
 
 OFF, OBSERVE, QUANTIZE = 0, 1, 2      # values of the Parameter `mode`
 
@@ -86,7 +86,7 @@ class Quantizer(HybridBlock):
         """A saved value that no optimizer touches."""
         return self._add(name, shape=shape, init=mx.init.Constant(init), grad_req='null', wd_mult=0.0)
 
-    def learned(self, name, shape=(1,), init=1.0, lower=None, upper=None, lr_mult=1.0, wd_mult=0.0):
+    def learned(self, name, shape=(1,), init=1.0, lower=None, upper=LARGEST, lr_mult=1.0, wd_mult=0.0):
         """A value that the Trainer optimizes, kept within its bounds."""
         return self._add(name, shape=shape, init=mx.init.Constant(init), lower=lower, upper=upper, lr_mult=lr_mult,
                          wd_mult=wd_mult)

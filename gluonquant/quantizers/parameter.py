@@ -1,15 +1,17 @@
 """A Gluon Parameter that keeps itself usable between optimizer steps."""
 from mxnet import autograd, gluon, nd
 
+LARGEST = 3.4e38
+
 
 class QuantizerParameter(gluon.Parameter):
     """A range, step or counter of a quantizer.
 
-    Gluon asks a Parameter for its array at every forward pass, hybridized or not, and a Trainer asks before every
-    update. Three things happen there that plain Parameters leave to the user's training loop:
+    Gluon asks a Parameter for its array at every forward pass, hybridized or not. Three things happen there that plain
+    Parameters leave to the user's training loop:
 
     * a Parameter that nobody initialized takes its default (quantizers enter a net after ``net.initialize()``);
-    * the value is projected to its bounds, so that no optimizer step makes a range zero or negative;
+    * the value is projected to its bounds after an optimizer step, so that none makes a range zero or negative;
     * ``on_use`` is called, which is how an uncalibrated quantizer speaks up inside a hybridized net.
 
     ``on_change`` is called whenever a value is set from outside the graph: by loading, initializing or `set_data`.
@@ -18,13 +20,13 @@ class QuantizerParameter(gluon.Parameter):
     ----------
     lower : float or (Parameter, float), optional
         Lower bound: a number, or another Parameter times a factor.
-    upper : float, optional
-        Upper bound.
+    upper : float
+        Upper bound where the lower one is a number; default: the largest float32.
     like : Parameter, optional
         Its contexts are taken when this Parameter initializes itself.
     """
 
-    def __init__(self, name, lower=None, upper=None, like=None, **kwargs):
+    def __init__(self, name, lower=None, upper=LARGEST, like=None, **kwargs):
         super().__init__(name, allow_deferred_init=True, **kwargs)
         self.lower = lower
         self.upper = upper
@@ -32,6 +34,7 @@ class QuantizerParameter(gluon.Parameter):
         self.trainable = self.grad_req != 'null'    # by design; freezing sets grad_req to 'null' for a while
         self.on_use = None
         self.on_change = None
+        self._within_bounds = False
 
     def set_data(self, data):
         super().set_data(data)
@@ -42,6 +45,7 @@ class QuantizerParameter(gluon.Parameter):
         self._changed()
 
     def _changed(self):
+        self._within_bounds = False
         if self.on_change is not None and self._data is not None:
             self.on_change()
 
@@ -52,11 +56,19 @@ class QuantizerParameter(gluon.Parameter):
         return super().data(ctx)
 
     def list_data(self):
-        self.prepare()
+        self._initialize()
         return super().list_data()
 
+    def grad(self, ctx=None):
+        self._within_bounds = False         # who asks for the gradient is about to make a step
+        return super().grad(ctx)
+
+    def list_grad(self):
+        self._within_bounds = False
+        return super().list_grad()
+
     def list_ctx(self):
-        self.prepare()
+        self._initialize()
         return super().list_ctx()
 
     def _reduce(self):
@@ -71,19 +83,20 @@ class QuantizerParameter(gluon.Parameter):
 
     def prepare(self):
         """Initialize if nobody did, and project to the bounds."""
-        if self._data is None:
-            if not self._deferred_init:
-                initialized = self.like is not None and self.like._data is not None
-                self.initialize(ctx=self.like.list_ctx() if initialized else None)
-        elif self.lower is not None:
-            with autograd.pause():
-                for array in self._data:
-                    array[:] = nd.maximum(array, self._bound(array.context))
-                    if self.upper is not None:
-                        array[:] = nd.minimum(array, self.upper)
+        self._initialize()
+        if self._within_bounds or self.lower is None or self._data is None:
+            return
+        with autograd.pause():
+            for array in self._data:
+                if isinstance(self.lower, tuple):
+                    parameter, factor = self.lower
+                    nd.broadcast_maximum(array, parameter.data(array.context) * factor, out=array)
+                else:
+                    nd.clip(array, self.lower, self.upper, out=array)
+        # A bound that is learned itself may move at any time.
+        self._within_bounds = not isinstance(self.lower, tuple)
 
-    def _bound(self, ctx):
-        if isinstance(self.lower, tuple):
-            parameter, factor = self.lower
-            return parameter.data(ctx) * factor
-        return self.lower
+    def _initialize(self):
+        if self._data is None and not self._deferred_init:
+            initialized = self.like is not None and self.like._data is not None
+            self.initialize(ctx=self.like.list_ctx() if initialized else None)
