@@ -19,6 +19,7 @@ def fuse(symbol):
 
     - A ReLU or clip in front of a quantizer, and an elementwise sum in front of that, become part of the quantizer.
       Others that read the clamped tensor or the sum read the quantizer's last output.
+    - A ReLU in front of a max pooling moves behind it, where there are fewer elements, and in front of a quantizer.
     - A global average pooling becomes a mean over the same axes: oneDNN's, of MXNet 1.9.1, is many times slower.
 
     Names, attributes, shared and auxiliary variables and the order of outputs stay; what was taken in is gone, and an
@@ -38,7 +39,9 @@ def rewrite(graph):
             guard = _lift_guard(graph, node)
             changed |= _take_clamp(graph, node)
             changed |= _take_sum(graph, node)
-            _lower_guard(graph, node, guard)
+            changed |= _lower_guard(graph, node, guard)
+        elif _is_max_pooling(node):
+            changed |= _pool_first(graph, node)
         elif _is_global_average(node):
             hidden = {key: value for key, value in node.attrs.items() if key.startswith('__')}
             node.op, node.attrs = 'mean', {**hidden, 'axis': '(2, 3)', 'keepdims': 'True'}
@@ -46,23 +49,15 @@ def rewrite(graph):
     return changed
 
 
-def planes(attrs):
-    """How many bit planes a quantizer with these attributes saves for its backward pass, as ``options.h`` has it.
-
-    Planes tell where the gradient passes (inside the range and the clamp; once more for the clamp alone, if the
-    clamped tensor is an output with a gradient of its own) and where it goes to PACT's range (above, below).
-    """
-    if attrs['method'] in ('lsq', 'lsqplus', 'qil'):    # these read x again instead
-        return 0
-    pact = attrs['method'] == 'pact'
-    gated, clamped = pact or _says(attrs, 'gate'), _clamped(attrs)
-    sided = pact + (pact and _says(attrs, 'signed'))
-    return (gated or clamped) + (gated and clamped and _says(attrs, 'keep')) + sided
-
-
 def outputs(attrs):
-    """How many outputs a quantizer with these attributes has: y, its planes if there are any, what it keeps."""
-    return 1 + (planes(attrs) > 0) + _says(attrs, 'keep')
+    """How many outputs a quantizer with these attributes has, as ``ops/src/shapes.h`` counts them.
+
+    The tensor; the bits that say where gradients pass, unless they pass everywhere or the method reads x again for
+    that; and what is kept.
+    """
+    again = attrs['method'] in ('lsq', 'lsqplus', 'qil')
+    bits = not again and (_clamped(attrs) or _says(attrs, 'gate') or attrs['method'] == 'pact')
+    return 1 + bits + _says(attrs, 'keep')
 
 
 def _says(attrs, name):
@@ -83,9 +78,9 @@ def _lift_guard(graph, quantizer):
 
 
 def _lower_guard(graph, quantizer, guard):
-    """Put ``guard`` back where a variable is read: its gradient may have to be added to."""
+    """Put ``guard`` back where a variable is read, whose gradient may have to be added to; whether it is gone."""
     if guard is None:
-        return
+        return False
     inputs = list(quantizer.inputs)
     places = [0, -1] if _says(quantizer.attrs, 'add') else [0]
     for place in places:
@@ -94,6 +89,7 @@ def _lower_guard(graph, quantizer, guard):
             graph.connect(node, [inputs[place]])
             inputs[place] = Entry(node)
     graph.connect(quantizer, inputs)
+    return inputs[0].node.op != '_copy'
 
 
 def _take_clamp(graph, quantizer):
@@ -141,6 +137,23 @@ def _take(graph, quantizer, node):
     kept = Entry(quantizer, outputs(quantizer.attrs) - 1)
     for reader in set(graph.readers(node)):
         graph.connect(reader, [kept if entry.node is node else entry for entry in reader.inputs])
+
+
+def _is_max_pooling(node):
+    return node.op == 'Pooling' and node.attrs.get('pool_type', 'max') == 'max'
+
+
+def _pool_first(graph, pool):
+    """relu then pool -> pool then relu: equal values, and the gradient goes to the same place or is 0."""
+    relu = pool.inputs[0].node
+    if 'relu' not in _clamp(relu) or graph.readers(relu) != [pool]:
+        return False
+    readers = set(graph.readers(pool))
+    graph.connect(pool, relu.inputs)
+    graph.connect(relu, [Entry(pool)])
+    for reader in readers:
+        graph.connect(reader, [Entry(relu) if entry.node is pool else entry for entry in reader.inputs])
+    return True
 
 
 def _is_global_average(node):
