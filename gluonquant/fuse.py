@@ -39,7 +39,7 @@ def rewrite(graph):
             guard = _lift_guard(graph, node)
             changed |= _take_clamp(graph, node)
             changed |= _take_sum(graph, node)
-            changed |= _lower_guard(graph, node, guard)
+            _lower_guard(graph, node, guard)
         elif _is_max_pooling(node):
             changed |= _pool_first(graph, node)
         elif _is_global_average(node):
@@ -78,18 +78,18 @@ def _lift_guard(graph, quantizer):
 
 
 def _lower_guard(graph, quantizer, guard):
-    """Put ``guard`` back where a variable is read, whose gradient may have to be added to; whether it is gone."""
+    """Put ``guard`` back, and another one in front of what is added to the tensor."""
     if guard is None:
-        return False
+        return
+    places, guards = [0], [guard]
+    if _says(quantizer.attrs, 'add'):
+        places.append(-1)
+        guards.append(Node('_copy', f'{guard.name}_other', dict(guard.attrs), [], []))
     inputs = list(quantizer.inputs)
-    places = [0, -1] if _says(quantizer.attrs, 'add') else [0]
-    for place in places:
-        if inputs[place].node.op == 'null':
-            node = Node('_copy', guard.name + '_other' * (place < 0), dict(guard.attrs), [], [])
-            graph.connect(node, [inputs[place]])
-            inputs[place] = Entry(node)
+    for place, node in zip(places, guards):
+        graph.connect(node, [inputs[place]])
+        inputs[place] = Entry(node)
     graph.connect(quantizer, inputs)
-    return inputs[0].node.op != '_copy'
 
 
 def _take_clamp(graph, quantizer):

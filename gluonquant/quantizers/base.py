@@ -153,14 +153,20 @@ class Quantizer(HybridBlock):
     def operands(self, F, data, mode, params):
         """The inputs of the fused operator by name.
 
-        The extension interface overwrites gradients that it should add to (``grad_req='add'``). What may be a Parameter
-        or a network's input gets an identity in front, which adds; the layout tier does so itself.
+        The extension interface overwrites gradients that it should add to: of Parameters and inputs with
+        ``grad_req='add'``, and of a tensor that eight or more operators read. An identity in front does add; the layout
+        tier needs none.
         """
         tensors = {'data': data, 'mode': mode, **params}
         if ops.in_layout():
             return tensors
-        return {name: F.identity(value) if name == 'data' or self._is_trainable(name) else value
+        return {name: self._guarded(F, value) if name == 'data' or self._is_trainable(name) else value
                 for name, value in tensors.items()}
+
+    def _guarded(self, F, value):
+        # MXNet would merge the identities of several quantizers, were they equal.
+        own = {} if isinstance(value, nd.NDArray) else {'attr': {'__reader__': self.name}}
+        return F.identity(value, **own)
 
     def _is_trainable(self, name):
         return name in self._reg_params and self._reg_params[name].trainable

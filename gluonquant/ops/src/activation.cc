@@ -236,7 +236,8 @@ void activation_backward(const Options& o, const float* const* in, const Backwar
   const Plan p = plan(v, v.get(kMode) > 1 && has_range(v, false));
   const Clamp clamp = clamp_of(o);
   const Sums s = sum_blocks(extent.count, [&](int64_t start, int64_t count) {
-    return kernels().residual(f.from(start), count, p.levels, clamp, p.gate, p.slope);
+    return o.method == kQil ? kernels().interval(f.from(start), count, p.levels, clamp, p.gate, p.slope)
+                            : kernels().learned(f.from(start), count, p.levels, clamp, p.gate);
   });
   if (!p.on || v.get(kFrozen) > 0) return;
   if (o.method == kQil) {

@@ -56,7 +56,7 @@ struct Coder {
   Vec value(Vec q) const { return (q - zero) * scale + offset; }
 };
 
-template <bool kAdd, bool kClamp>
+template <bool kAdd, bool kClamp, bool kPlanes>
 void forward(const Forward& f, int64_t n, const Levels& levels, const Clamp& clamp, const Gate& gate) {
   const Coder coder(levels);
   const Vec low = splat(gate.low), high = splat(gate.high), above = splat(gate.above), below = splat(gate.below);
@@ -64,6 +64,7 @@ void forward(const Forward& f, int64_t n, const Levels& levels, const Clamp& cla
     const Vec raw = in.raw(i), x = in.clamped(raw);
     store(y + i, coder.value(coder.code(coder.place(x))) + (x - x));
     if (kept) store(kept + i, x);
+    if (!kPlanes) return;
     if (p.pass) {
       const Mask inside = both(at_least(x, low), at_most(x, high));
       put_bits(p.pass, i, kClamp ? both(inside, in.open(raw)) : inside);
@@ -131,45 +132,50 @@ Sums route(const Backward& f, int64_t n) {
   return sums;
 }
 
-template <bool kAdd, bool kClamp>
+// kInterval: the sums that QIL needs, otherwise those of LSQ.
+template <bool kAdd, bool kClamp, bool kInterval>
 Sums residual(const Backward& f, int64_t n, const Levels& levels, const Clamp& clamp, const Gate& gate, float slope) {
   const Coder coder(levels);
   const Vec low = splat(gate.low), high = splat(gate.high), slopes = splat(slope);
   const Vec code_low = splat(gate.code_low), code_high = splat(gate.code_high);
-  Sum rest, all, inside, code, place;
+  Sum first, second, third;
   int64_t left = kRun;
   each(f, n, [&](const Backward& at, int64_t i) {
     const Input<kAdd, kClamp> in(at.a, at.b, clamp);
     const Vec raw = in.raw(i), x = in.clamped(raw), g = load(at.g + i);
     const Vec u = coder.place(x), v = u * coder.steps, q = coder.code(u);
-    const Mask mid = both(both(at_least(x, low), at_most(x, high)), both(at_least(v, code_low), at_most(v, code_high)));
-    const Vec middle = where(mid, g);
-    rest.add(g * (q - where(mid, v)));
-    all.add(g);
-    inside.add(middle);
-    code.add(g * q);
-    place.add(middle * u);
+    const Mask inside = kInterval ? both(at_least(x, low), at_most(x, high))
+                                  : both(at_least(v, code_low), at_most(v, code_high));
+    const Vec middle = where(inside, g);
+    if (kInterval) {
+      first.add(middle);
+      second.add(g * q);
+      third.add(middle * u);
+    } else {
+      first.add(g * (q - where(inside, v)));
+      second.add(g - middle);
+    }
     if (--left == 0) {
-      rest.flush(); all.flush(); inside.flush(); code.flush(); place.flush();
+      first.flush();
+      second.flush();
+      if (kInterval) third.flush();
       left = kRun;
     }
-    Vec d = middle * slopes;
+    Vec d = kInterval ? middle * slopes : middle;
     if (at.gk) d = d + load(at.gk + i);
     return kClamp ? where(in.open(raw), d) : d;
   });
   Sums sums;
-  sums.residual = rest.value();
-  sums.inside = inside.value();
-  sums.outside = all.value() - sums.inside;
-  sums.code = code.value();
-  sums.place = place.value();
+  (kInterval ? sums.inside : sums.residual) = first.value();
+  (kInterval ? sums.code : sums.outside) = second.value();
+  if (kInterval) sums.place = third.value();
   return sums;
 }
 
-template <bool kAdd, bool kClamp>
-Statistics statistics(const float* a, const float* b, int64_t n, const Clamp& clamp, bool moments) {
+template <bool kAdd, bool kClamp, bool kMoments>
+Statistics statistics(const float* a, const float* b, int64_t n, const Clamp& clamp) {
   const Vec infinity = splat(__builtin_inff());
-  Vec min = infinity, max = -infinity, broken = splat(0);
+  Vec min = infinity, max = splat(-__builtin_inff()), broken = splat(0);
   Moments sums;
   const Input<kAdd, kClamp> in(a, b, clamp);
   int64_t i = 0;
@@ -178,7 +184,7 @@ Statistics statistics(const float* a, const float* b, int64_t n, const Clamp& cl
     min = smaller(x, min);
     max = larger(x, max);
     broken = broken + (x - x);
-    if (moments) sums.add(x);
+    if (kMoments) sums.add(x);
   }
   float lane_min[W], lane_max[W];
   store(lane_min, min);
@@ -194,33 +200,39 @@ Statistics statistics(const float* a, const float* b, int64_t n, const Clamp& cl
     s.min = x < s.min ? x : s.min;
     s.max = x > s.max ? x : s.max;
     s.finite = s.finite && x - x == 0;
-    s.abs += __builtin_fabsf(x);
-    s.square += static_cast<double>(x) * x;
+    if (kMoments) s.abs += __builtin_fabsf(x), s.square += static_cast<double>(x) * x;
   }
   return s;
 }
 
 bool clamps(const Clamp& c) { return c.low != -__builtin_inff() || c.high != __builtin_inff(); }
 
-// The four versions of a kernel, picked by what the call needs.
-#define PICK(kernel, b, clamp, ...)                                                                       \
-  ((b) ? (clamps(clamp) ? kernel<true, true>(__VA_ARGS__) : kernel<true, false>(__VA_ARGS__))            \
-       : (clamps(clamp) ? kernel<false, true>(__VA_ARGS__) : kernel<false, false>(__VA_ARGS__)))
+// The versions of a kernel that a call needs, by b, the clamp and one more flag.
+#define PICK(kernel, b, clamp, flag, ...)                                                                  \
+  ((b) ? (clamps(clamp) ? kernel<true, true, flag>(__VA_ARGS__) : kernel<true, false, flag>(__VA_ARGS__)) \
+       : (clamps(clamp) ? kernel<false, true, flag>(__VA_ARGS__) : kernel<false, false, flag>(__VA_ARGS__)))
 
 void pick_forward(const Forward& f, int64_t n, const Levels& l, const Clamp& c, const Gate& g) {
-  PICK(forward, f.b, c, f, n, l, c, g);
+  if (f.planes.any()) {
+    PICK(forward, f.b, c, true, f, n, l, c, g);
+  } else {
+    PICK(forward, f.b, c, false, f, n, l, c, g);
+  }
 }
-Sums pick_residual(const Backward& f, int64_t n, const Levels& l, const Clamp& c, const Gate& g, float slope) {
-  return PICK(residual, f.b, c, f, n, l, c, g, slope);
+Sums pick_learned(const Backward& f, int64_t n, const Levels& l, const Clamp& c, const Gate& g) {
+  return PICK(residual, f.b, c, false, f, n, l, c, g, 1);
+}
+Sums pick_interval(const Backward& f, int64_t n, const Levels& l, const Clamp& c, const Gate& g, float slope) {
+  return PICK(residual, f.b, c, true, f, n, l, c, g, slope);
 }
 Statistics pick_statistics(const float* a, const float* b, int64_t n, const Clamp& c, bool moments) {
-  return PICK(statistics, b, c, a, b, n, c, moments);
+  return moments ? PICK(statistics, b, c, true, a, b, n, c) : PICK(statistics, b, c, false, a, b, n, c);
 }
 
 }  // namespace
 
 extern const Kernels JOIN(kernels_, GLUONQUANT_ISA);
-const Kernels JOIN(kernels_, GLUONQUANT_ISA) = {STRING(GLUONQUANT_ISA), pick_forward, route, pick_residual,
-                                                pick_statistics};
+const Kernels JOIN(kernels_, GLUONQUANT_ISA) = {STRING(GLUONQUANT_ISA), pick_forward, route, pick_learned,
+                                                pick_interval, pick_statistics};
 
 }  // namespace gluonquant

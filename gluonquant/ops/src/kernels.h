@@ -36,6 +36,7 @@ struct Planes {
   uint8_t* open = nullptr;   // the clamp lets gradients through
   uint8_t* above = nullptr;  // saturated
   uint8_t* below = nullptr;
+  bool any() const { return pass || open || above || below; }
   Planes from(int64_t element) const {
     const int64_t byte = element / 8;
     return {pass ? pass + byte : pass, open ? open + byte : open, above ? above + byte : above,
@@ -80,10 +81,12 @@ struct Backward {
 struct Kernels {
   const char* name;
   void (*forward)(const Forward&, int64_t n, const Levels&, const Clamp&, const Gate&);
-  // dx from the planes alone.
+  // dx from the planes alone. Sums: above, below.
   Sums (*route)(const Backward&, int64_t n);
-  // dx from x, which was kept: g * slope inside the gate.
-  Sums (*residual)(const Backward&, int64_t n, const Levels&, const Clamp&, const Gate&, float slope);
+  // dx from x, which was kept: g where the code is inside the gate. Sums: residual, outside.
+  Sums (*learned)(const Backward&, int64_t n, const Levels&, const Clamp&, const Gate&);
+  // dx from x, which was kept: g * slope where x is inside the gate. Sums: inside, code, place.
+  Sums (*interval)(const Backward&, int64_t n, const Levels&, const Clamp&, const Gate&, float slope);
   Statistics (*statistics)(const float* a, const float* b, int64_t n, const Clamp&, bool moments);
 };
 

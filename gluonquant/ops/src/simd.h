@@ -1,4 +1,4 @@
-// Vectors of float for one instruction set, chosen by the compiler's flags; GCC's operators do the arithmetic.
+// Vectors of float for one instruction set, chosen by the compiler's flags; + - * / are GCC's operators or ours.
 //
 // Included by kernels.cc only, which is compiled once per instruction set. Everything is in an unnamed namespace and
 // no library header with inline code is used, so that no function compiled for a large set can be linked into the
@@ -54,31 +54,47 @@ inline Mask from_bits(Bits b) {
   return _mm256_castsi256_ps(_mm256_cmpeq_epi32(hit, place));
 }
 
-#else  // any processor: GCC makes of these vectors what it has
+#else  // any processor: GCC makes of two vectors of four what it has
 
 constexpr int kWidth = 8;
-typedef float Vec __attribute__((vector_size(32)));
-typedef int32_t Mask __attribute__((vector_size(32)));
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t FourBits __attribute__((vector_size(16)));
 typedef uint8_t Bits;
+struct Vec { Four low, high; };
+struct Mask { FourBits low, high; };
+inline Vec operator+(Vec a, Vec b) { return {a.low + b.low, a.high + b.high}; }
+inline Vec operator-(Vec a, Vec b) { return {a.low - b.low, a.high - b.high}; }
+inline Vec operator*(Vec a, Vec b) { return {a.low * b.low, a.high * b.high}; }
+inline Vec operator/(Vec a, Vec b) { return {a.low / b.low, a.high / b.high}; }
 inline Vec load(const float* p) { Vec v; __builtin_memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
-inline Vec splat(float a) { return Vec{a, a, a, a, a, a, a, a}; }
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
-inline Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
-inline Vec magnitude(Vec a) { return reinterpret_cast<Vec>(reinterpret_cast<Mask>(a) & 0x7fffffff); }
-inline Mask at_least(Vec a, Vec b) { return a >= b; }
-inline Mask at_most(Vec a, Vec b) { return a <= b; }
-inline Mask both(Mask a, Mask b) { return a & b; }
-inline Vec where(Mask m, Vec v) { return reinterpret_cast<Vec>(m & reinterpret_cast<Mask>(v)); }
+inline Vec splat(float a) { return {Four{a, a, a, a}, Four{a, a, a, a}}; }
+inline Four larger(Four a, Four b) { return a > b ? a : b; }
+inline Four smaller(Four a, Four b) { return a < b ? a : b; }
+inline Four masked(FourBits m, Four v) { return reinterpret_cast<Four>(m & reinterpret_cast<FourBits>(v)); }
+inline Vec larger(Vec a, Vec b) { return {larger(a.low, b.low), larger(a.high, b.high)}; }
+inline Vec smaller(Vec a, Vec b) { return {smaller(a.low, b.low), smaller(a.high, b.high)}; }
+inline Vec where(Mask m, Vec v) { return {masked(m.low, v.low), masked(m.high, v.high)}; }
+inline Vec magnitude(Vec a) {
+  const FourBits all = {0x7fffffff, 0x7fffffff, 0x7fffffff, 0x7fffffff};
+  return where({all, all}, a);
+}
+inline Mask at_least(Vec a, Vec b) { return {a.low >= b.low, a.high >= b.high}; }
+inline Mask at_most(Vec a, Vec b) { return {a.low <= b.low, a.high <= b.high}; }
+inline Mask both(Mask a, Mask b) { return {a.low & b.low, a.high & b.high}; }
 inline Bits to_bits(Mask m) {
+#if defined(__SSE2__)
+  return static_cast<Bits>(__builtin_ia32_movmskps(reinterpret_cast<Four>(m.low)) |
+                           __builtin_ia32_movmskps(reinterpret_cast<Four>(m.high)) << 4);
+#else
   unsigned bits = 0;
-  for (int i = 0; i < kWidth; ++i) bits |= (m[i] & 1u) << i;
+  for (int i = 0; i < 4; ++i) bits |= (m.low[i] & 1u) << i | (m.high[i] & 1u) << (i + 4);
   return static_cast<Bits>(bits);
+#endif
 }
 inline Mask from_bits(Bits b) {
-  const Mask place = {1, 2, 4, 8, 16, 32, 64, 128};
-  const Mask all = {b, b, b, b, b, b, b, b};
-  return (all & place) == place;
+  const FourBits low = {1, 2, 4, 8}, high = {16, 32, 64, 128}, all = {b, b, b, b};
+  return {(all & low) == low, (all & high) == high};
 }
 
 #endif
@@ -104,27 +120,37 @@ class Sum {
 constexpr int64_t kRun = 64;  // vectors added up in float32 before a flush
 
 // Sums of |x| and x * x in float64 throughout: scales are made of them, and those must not depend on the order.
-typedef float Eight __attribute__((vector_size(32)));
-typedef double Wide __attribute__((vector_size(64)));
 class Moments {
  public:
   void add(Vec x) {
+    const Vec abs = magnitude(x);
 #if defined(__AVX512F__)
-    add_eight(reinterpret_cast<Eight>(_mm512_castps512_ps256(x)));
-    add_eight(reinterpret_cast<Eight>(_mm512_extractf32x8_ps(x, 1)));
+    add_part(_mm512_castps512_ps256(abs));
+    add_part(_mm512_extractf32x8_ps(abs, 1));
+#elif defined(__AVX2__)
+    add_part(_mm256_castps256_ps128(abs));
+    add_part(_mm256_extractf128_ps(abs, 1));
 #else
-    add_eight(reinterpret_cast<Eight>(x));
+    add_part(abs.low);
+    add_part(abs.high);
 #endif
   }
   double abs() const { return total(abs_); }
   double square() const { return total(square_); }
  private:
-  void add_eight(Eight x) {
-    const Wide wide = __builtin_convertvector(x, Wide);
-    abs_ += wide < 0 ? -wide : wide;
+  static constexpr int kPart = kWidth / 2;
+  typedef float Part __attribute__((vector_size(kPart * sizeof(float))));
+  typedef double Wide __attribute__((vector_size(kPart * sizeof(double))));
+  template <class Half> void add_part(Half half) {
+    const Wide wide = __builtin_convertvector(reinterpret_cast<Part>(half), Wide);
+    abs_ += wide;
     square_ += wide * wide;
   }
-  static double total(const Wide& w) { return ((w[0] + w[1]) + (w[2] + w[3])) + ((w[4] + w[5]) + (w[6] + w[7])); }
+  static double total(const Wide& wide) {
+    double sum = 0;
+    for (int i = 0; i < kPart; ++i) sum += wide[i];
+    return sum;
+  }
   Wide abs_ = {}, square_ = {};
 };
 

@@ -36,12 +36,12 @@ void for_row(const Rows& rows, int64_t row, const F& f) {
   });
 }
 
-Statistics measure(const float* x, const Rows& rows, int64_t row) {
+Statistics measure(const float* x, const Rows& rows, int64_t row, bool moments) {
   Statistics all = kNothing;
   for_pieces(rows, row, [&](int64_t at, int64_t n) {
     std::vector<Statistics> parts((n + kBlock - 1) / kBlock, kNothing);
     auto one = [&](int64_t b, int64_t start, int64_t count) {
-      parts[b] = kernels().statistics(x + at + start, nullptr, count, Clamp(), true);
+      parts[b] = kernels().statistics(x + at + start, nullptr, count, Clamp(), moments);
     };
     if (rows.rows > 1) {
       for (int64_t b = 0; b * kBlock < n; ++b) one(b, b * kBlock, std::min(kBlock, n - b * kBlock));
@@ -74,7 +74,7 @@ Plan plan(const In& v, const float* x, const Rows& rows, int64_t row) {
     p.gate.code_low = up(o.qmin), p.gate.code_high = down(o.qmax);
     return p;
   }
-  const Statistics s = measure(x, rows, row);
+  const Statistics s = measure(x, rows, row, o.method == kSawb || o.method == kGdrq);
   const double count = static_cast<double>(rows.outer * rows.inner);
   const float broken = s.finite ? 0 : NAN;  // a weight that is not finite makes its whole row NaN
   const float largest = std::max(fabsf(s.min), fabsf(s.max)) + broken;
@@ -124,106 +124,124 @@ Plan plan(const In& v, const float* x, const Rows& rows, int64_t row) {
 
 bool is_on(const In& v) { return v.get(kMode) > 1 && (!v.has(kInitialized) || v.get(kInitialized) > 0); }
 
+// Sums over the elements of a row, f(i, sums) for each; in blocks, so that threads do not change them.
+struct Three {
+  double first = 0, second = 0, third = 0;
+};
+
+template <class F>
+Three sum_elements(int64_t n, const F& f) {
+  std::vector<Three> parts((n + kBlock - 1) / kBlock);
+  for_blocks(n, [&](int64_t b, int64_t start, int64_t count) {
+    for (int64_t i = start; i < start + count; ++i) f(i, &parts[b]);
+  });
+  Three sums;
+  for (const Three& part : parts) {
+    sums.first += part.first;
+    sums.second += part.second;
+    sums.third += part.third;
+  }
+  return sums;
+}
+
 // DoReFa: y = r (2 R(L v) - L) / L, v = tanh(w) / (2 max|tanh w|) + 1/2; one row.
 namespace dorefa {
 
+float largest_of(const Statistics& s) { return std::max(fabsf(s.min), fabsf(s.max)); }
+
 float scale_of(const Options& o, float largest) { return (o.rescale ? largest : largest > 0) / o.qmax; }
 
+void squash(const float* x, float* t, int64_t n) {  // NaN where x is not finite
+  for_blocks(n, [&](int64_t, int64_t start, int64_t count) {
+    for (int64_t i = start; i < start + count; ++i) t[i] = tanhf(x[i]) + (x[i] - x[i]);
+  });
+}
+
 void forward(const Options& o, const float* x, float* y, const Rows& rows) {
-  const Statistics s = measure(x, rows, 0);
   const int64_t n = rows.inner;
   if (o.qmax == 1) {  // one bit
-    const float mean = static_cast<float>(s.abs / n);
-    for_row(rows, 0, [&](int64_t start, int64_t count) {
-      for (int64_t i = start; i < start + count; ++i) y[i] = (x[i] >= 0 ? mean : -mean) + (x[i] - x[i]);
-    });
+    const float mean = static_cast<float>(measure(x, rows, 0, true).abs / n);
+    for (int64_t i = 0; i < n; ++i) y[i] = (x[i] >= 0 ? mean : -mean) + (x[i] - x[i]);
     return;
   }
-  for_row(rows, 0, [&](int64_t start, int64_t count) {
-    for (int64_t i = start; i < start + count; ++i) y[i] = tanhf(x[i]) + (x[i] - x[i]);
-  });
-  const Statistics t = measure(y, rows, 0);
+  squash(x, y, n);
   Levels levels;
   levels.round = kRound;
-  levels.step = 2 * std::max(std::max(fabsf(t.min), fabsf(t.max)), kEps);
+  levels.step = 2 * std::max(largest_of(measure(y, rows, 0, false)), kEps);
   levels.bias = 0.5f;
   levels.gain = o.qmax;
   levels.low = 0;
   levels.high = o.qmax;
   levels.zero = o.qmax / 2;
-  levels.scale = 2 * scale_of(o, std::max(fabsf(s.min), fabsf(s.max)));
-  for_row(rows, 0, [&](int64_t start, int64_t count) {
+  levels.scale = 2 * scale_of(o, largest_of(measure(x, rows, 0, false)));
+  for_blocks(n, [&](int64_t, int64_t start, int64_t count) {
     kernels().forward({y + start, nullptr, y + start, nullptr, {}}, count, levels, Clamp(), Gate());
   });
 }
 
-void backward(const Options& o, const float* g, const float* x, float* dx, bool accumulate, int64_t n) {
+void backward(const Options& o, const float* g, const float* x, float* dx, bool accumulate, const Rows& rows) {
+  const int64_t n = rows.inner;
   std::vector<float> t(n);
-  float largest = 0, widest = 0;
-  double pulled = 0, ties = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    t[i] = tanhf(x[i]);
-    largest = std::max(largest, fabsf(t[i]));
-    widest = std::max(widest, fabsf(x[i]));
-  }
-  const double m = std::max(largest, kEps), r = static_cast<double>(scale_of(o, widest)) * o.qmax;
-  for (int64_t i = 0; i < n; ++i) {
-    pulled += r * g[i] * t[i];
-    ties += fabsf(t[i]) == largest;
-  }
-  const double share = o.detach || largest < kEps ? 0 : -pulled / (m * m * ties);
-  for (int64_t i = 0; i < n; ++i) {
-    double dt = r * g[i] / m;
-    if (fabsf(t[i]) == largest) dt += t[i] > 0 ? share : t[i] < 0 ? -share : 0;
-    const float d = static_cast<float>(dt * (1 - static_cast<double>(t[i]) * t[i]));
-    dx[i] = accumulate ? dx[i] + d : d;
-  }
+  squash(x, t.data(), n);
+  const float largest = largest_of(measure(t.data(), rows, 0, false));
+  const double m = std::max(largest, kEps);
+  const double r = static_cast<double>(scale_of(o, largest_of(measure(x, rows, 0, false)))) * o.qmax;
+  const Three s = sum_elements(n, [&](int64_t i, Three* sum) {
+    sum->first += r * g[i] * t[i];
+    sum->second += fabsf(t[i]) == largest;  // tied maxima share the gradient of the maximum
+  });
+  const double share = o.detach || largest < kEps ? 0 : -s.first / (m * m * s.second);
+  for_blocks(n, [&](int64_t, int64_t start, int64_t count) {
+    for (int64_t i = start; i < start + count; ++i) {
+      double dt = r * g[i] / m;
+      if (fabsf(t[i]) == largest) dt += t[i] > 0 ? share : t[i] < 0 ? -share : 0;
+      const float d = static_cast<float>(dt * (1 - static_cast<double>(t[i]) * t[i]));
+      dx[i] = accumulate ? dx[i] + d : d;
+    }
+  });
 }
 
 }  // namespace dorefa
 
 // QIL: y = r sign(w) R(hat q) / q, hat = clip((|w| - p) / 2d, 0, 1) ** gamma; one row.
 struct Interval {
-  float c, d, gamma, reach, qmax;
+  float c, d, gamma, scale, qmax;
   bool rescale;
   explicit Interval(const In& v)
       : c(v.get(kCenter)), d(v.get(kDistance)), gamma(v.get(kGamma)), qmax(v.o.qmax), rescale(v.o.rescale) {
-    reach = (rescale ? c + d : 1.0f) / qmax;
+    scale = (rescale ? c + d : 1.0f) / qmax;
   }
   float place(float w) const { return (fabsf(w) - (c - d)) / (2 * d); }
+  float powered(float place) const { return gamma == 1 ? place : powf(place, gamma); }
   float sign(float w) const { return static_cast<float>((w > 0) - (w < 0)); }
-  float code(float w) const {
-    const float hat = within(place(w), 0, 1);
-    return sign(w) * round_half_even((gamma == 1 ? hat : powf(hat, gamma)) * qmax);
-  }
+  float code(float w) const { return sign(w) * round_half_even(powered(within(place(w), 0, 1)) * qmax); }
   bool interior(float w) const { return fabsf(w) >= c - d && fabsf(w) <= c + d; }
 };
 
 void qil_backward(const In& v, const float* g, const float* x, float* dx, bool accumulate, int64_t n,
                   const Gradients& gradients) {
   const Interval q(v);
-  const double r = static_cast<double>(q.reach) * q.qmax;
-  double to_center = 0, to_distance = 0, to_gamma = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double grow = q.rescale ? q.code(x[i]) / q.qmax : 0;
-    to_center += g[i] * grow;
-    to_distance += g[i] * grow;
+  const double r = static_cast<double>(q.scale) * q.qmax;
+  const Three s = sum_elements(n, [&](int64_t i, Three* sum) {
+    const double grow = q.rescale ? g[i] * static_cast<double>(q.code(x[i]) / q.qmax) : 0;
+    sum->first += grow;
+    sum->second += grow;
     double slope = 0;
     if (q.interior(x[i])) {
-      const double place = std::max(q.place(x[i]), 1e-6f), powered = pow(place, q.gamma);
+      const float place = std::max(q.place(x[i]), 1e-6f);
+      const double powered = q.powered(place), pull = q.sign(x[i]) * g[i];
       slope = r * q.gamma * powered / place * 0.5 / q.d;
-      const double signed_g = q.sign(x[i]) * g[i];
-      to_center -= signed_g * slope;
-      to_distance -= signed_g * slope * (fabsf(x[i]) - q.c) / q.d;
-      to_gamma += signed_g * r * powered * log(place);
+      sum->first -= pull * slope;
+      sum->second -= pull * slope * (fabsf(x[i]) - q.c) / q.d;
+      sum->third += pull * r * powered * logf(place);
     }
     const float d = static_cast<float>(slope * g[i]);
-    dx[i] = accumulate ? dx[i] + d : d;
-  }
+    if (dx) dx[i] = accumulate ? dx[i] + d : d;
+  });
   if (v.get(kFrozen) > 0) return;
-  gradients.add(kCenter, 0, to_center);
-  gradients.add(kDistance, 0, to_distance);
-  gradients.add(kGamma, 0, to_gamma);
+  gradients.add(kCenter, 0, s.first);
+  gradients.add(kDistance, 0, s.second);
+  gradients.add(kGamma, 0, s.third);
 }
 
 void pass(const float* g, float* dx, bool accumulate, int64_t n) {
@@ -253,7 +271,7 @@ void weight_forward(const Options& o, const float* const* in, const float* x, fl
   } else if (o.method == kQil) {
     const Interval q(v);
     for_row(rows, 0, [&](int64_t start, int64_t count) {
-      for (int64_t i = start; i < start + count; ++i) y[i] = q.code(x[i]) * q.reach + (x[i] - x[i]);
+      for (int64_t i = start; i < start + count; ++i) y[i] = q.code(x[i]) * q.scale + (x[i] - x[i]);
     });
   } else {
     for_rows(rows, [&](int64_t row) {
@@ -273,10 +291,9 @@ void weight_backward(const Options& o, const float* const* in, const float* g, c
   if (!is_on(v) || weight_passes_gradient(o) || bit) {
     if (dx) pass(g, dx, accumulate, n);
   } else if (o.method == kDorefa) {
-    if (dx) dorefa::backward(o, g, x, dx, accumulate, n);
+    if (dx) dorefa::backward(o, g, x, dx, accumulate, rows);
   } else if (o.method == kQil) {
-    std::vector<float> unwanted(dx ? 0 : n);
-    qil_backward(v, g, x, dx ? dx : unwanted.data(), accumulate, n, gradients);
+    qil_backward(v, g, x, dx, accumulate, n, gradients);
   } else {
     const double factor = 1 / sqrt(static_cast<double>(rows.outer * rows.inner) * o.qmax);
     for_rows(rows, [&](int64_t row) {
@@ -285,7 +302,9 @@ void weight_backward(const Options& o, const float* const* in, const float* g, c
       Sums sums;
       for_pieces(rows, row, [&](int64_t at, int64_t count) {
         auto block = [&](int64_t start, int64_t length) {
-          return kernels().residual(f.from(at + start), length, p.levels, Clamp(), p.gate, 1);
+          return o.method == kLsq || o.method == kLsqPlus
+                     ? kernels().learned(f.from(at + start), length, p.levels, Clamp(), p.gate)
+                     : kernels().interval(f.from(at + start), length, p.levels, Clamp(), p.gate, 1);
         };
         if (rows.rows > 1) {
           for (int64_t start = 0; start < count; start += kBlock)
