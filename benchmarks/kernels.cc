@@ -164,7 +164,7 @@ class Bench {
     route("route, pass, above", "g dx plane plane", nullptr, sided);
     route("route, kept, pass, open", "g gk dx plane plane", gk, open);
     auto residual = [=](const char* name, const char* moves, Backward f, Clamp clamp) {
-      add(name, moves, [=] { kernels().residual(f, n_, levels, clamp, lsq, 1); });
+      add(name, moves, [=] { kernels().learned(f, n_, levels, clamp, lsq); });
     };
     residual("residual", "g x dx", {g, nullptr, x, nullptr, y, false, none}, Clamp());
     residual("residual, add, clamp, kept", "g gk x other dx", {g, gk, x, other, y, false, none}, relu);

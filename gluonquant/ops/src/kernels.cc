@@ -52,6 +52,7 @@ struct Coder {
         high(splat(l.high)), steps(splat(l.steps)), round(splat(l.round)), zero(splat(l.zero)),
         scale(splat(l.scale)), offset(splat(l.offset)) {}
   Vec place(Vec x) const { return smaller(high, larger(low, ((x - shift) / step + bias) * gain)); }
+  Vec place_plain(Vec x) const { return smaller(high, larger(low, (x - shift) / step)); }  // bias 0, gain 1
   Vec code(Vec u) const { return (u * steps + round) - round; }
   Vec value(Vec q) const { return (q - zero) * scale + offset; }
 };
@@ -143,7 +144,7 @@ Sums residual(const Backward& f, int64_t n, const Levels& levels, const Clamp& c
   each(f, n, [&](const Backward& at, int64_t i) {
     const Input<kAdd, kClamp> in(at.a, at.b, clamp);
     const Vec raw = in.raw(i), x = in.clamped(raw), g = load(at.g + i);
-    const Vec u = coder.place(x), v = u * coder.steps, q = coder.code(u);
+    const Vec u = coder.place_plain(x), v = kInterval ? u * coder.steps : u, q = (v + coder.round) - coder.round;
     const Mask inside = kInterval ? both(at_least(x, low), at_most(x, high))
                                   : both(at_least(v, code_low), at_most(v, code_high));
     const Vec middle = where(inside, g);
@@ -186,13 +187,15 @@ Statistics statistics(const float* a, const float* b, int64_t n, const Clamp& cl
     broken = broken + (x - x);
     if (kMoments) sums.add(x);
   }
-  float lane_min[W], lane_max[W];
+  float lane_min[W], lane_max[W], lane_broken[W];
   store(lane_min, min);
   store(lane_max, max);
-  Statistics s = {__builtin_inff(), -__builtin_inff(), sums.abs(), sums.square(), total(broken) == 0};
+  store(lane_broken, broken);
+  Statistics s = {__builtin_inff(), -__builtin_inff(), sums.abs(), sums.square(), true};
   for (int k = 0; k < W; ++k) {
     s.min = lane_min[k] < s.min ? lane_min[k] : s.min;
     s.max = lane_max[k] > s.max ? lane_max[k] : s.max;
+    s.finite = s.finite && lane_broken[k] == 0;
   }
   for (; i < n; ++i) {  // padding would be taken for data
     float x = kAdd ? a[i] + b[i] : a[i];

@@ -83,9 +83,11 @@ struct Kernels {
   void (*forward)(const Forward&, int64_t n, const Levels&, const Clamp&, const Gate&);
   // dx from the planes alone. Sums: above, below.
   Sums (*route)(const Backward&, int64_t n);
-  // dx from x, which was kept: g where the code is inside the gate. Sums: residual, outside.
+  // dx from x, which was kept, for levels without bias, gain and steps: g where the code is inside the gate. Sums:
+  // residual, outside.
   Sums (*learned)(const Backward&, int64_t n, const Levels&, const Clamp&, const Gate&);
-  // dx from x, which was kept: g * slope where x is inside the gate. Sums: inside, code, place.
+  // dx from x, which was kept, for levels without bias and gain: g * slope where x is inside the gate. Sums: inside,
+  // code, place.
   Sums (*interval)(const Backward&, int64_t n, const Levels&, const Clamp&, const Gate&, float slope);
   Statistics (*statistics)(const float* a, const float* b, int64_t n, const Clamp&, bool moments);
 };

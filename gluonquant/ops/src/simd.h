@@ -99,11 +99,24 @@ inline Mask from_bits(Bits b) {
 
 #endif
 
-inline double total(Vec v) {
-  float lane[kWidth];
-  store(lane, v);
+// Half a vector, and its elements as float64.
+constexpr int kHalf = kWidth / 2;
+typedef float Half __attribute__((vector_size(kHalf * sizeof(float))));
+typedef double Wide __attribute__((vector_size(kHalf * sizeof(double))));
+#if defined(__AVX512F__)
+inline Half low_half(Vec v) { return reinterpret_cast<Half>(_mm512_castps512_ps256(v)); }
+inline Half high_half(Vec v) { return reinterpret_cast<Half>(_mm512_extractf32x8_ps(v, 1)); }
+#elif defined(__AVX2__)
+inline Half low_half(Vec v) { return reinterpret_cast<Half>(_mm256_castps256_ps128(v)); }
+inline Half high_half(Vec v) { return reinterpret_cast<Half>(_mm256_extractf128_ps(v, 1)); }
+#else
+inline Half low_half(Vec v) { return v.low; }
+inline Half high_half(Vec v) { return v.high; }
+#endif
+inline Wide widened(Half half) { return __builtin_convertvector(half, Wide); }
+inline double total(const Wide& wide) {
   double sum = 0;
-  for (int i = 0; i < kWidth; ++i) sum += lane[i];
+  for (int i = 0; i < kHalf; ++i) sum += wide[i];
   return sum;
 }
 
@@ -111,11 +124,14 @@ inline double total(Vec v) {
 class Sum {
  public:
   void add(Vec v) { run_ = run_ + v; }
-  void flush() { sum_ += total(run_); run_ = splat(0); }
-  double value() { flush(); return sum_; }
+  void flush() {
+    sum_ += widened(low_half(run_)) + widened(high_half(run_));
+    run_ = splat(0);
+  }
+  double value() { flush(); return total(sum_); }
  private:
   Vec run_ = splat(0);
-  double sum_ = 0;
+  Wide sum_ = {};
 };
 constexpr int64_t kRun = 64;  // vectors added up in float32 before a flush
 
@@ -124,33 +140,13 @@ class Moments {
  public:
   void add(Vec x) {
     const Vec abs = magnitude(x);
-#if defined(__AVX512F__)
-    add_part(_mm512_castps512_ps256(abs));
-    add_part(_mm512_extractf32x8_ps(abs, 1));
-#elif defined(__AVX2__)
-    add_part(_mm256_castps256_ps128(abs));
-    add_part(_mm256_extractf128_ps(abs, 1));
-#else
-    add_part(abs.low);
-    add_part(abs.high);
-#endif
+    const Wide low = widened(low_half(abs)), high = widened(high_half(abs));
+    abs_ += low + high;
+    square_ += low * low + high * high;
   }
   double abs() const { return total(abs_); }
   double square() const { return total(square_); }
  private:
-  static constexpr int kPart = kWidth / 2;
-  typedef float Part __attribute__((vector_size(kPart * sizeof(float))));
-  typedef double Wide __attribute__((vector_size(kPart * sizeof(double))));
-  template <class Half> void add_part(Half half) {
-    const Wide wide = __builtin_convertvector(reinterpret_cast<Part>(half), Wide);
-    abs_ += wide;
-    square_ += wide * wide;
-  }
-  static double total(const Wide& wide) {
-    double sum = 0;
-    for (int i = 0; i < kPart; ++i) sum += wide[i];
-    return sum;
-  }
   Wide abs_ = {}, square_ = {};
 };
 
