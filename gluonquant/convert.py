@@ -124,6 +124,8 @@ def apply(net, plan):
         built[path] = weight_quantizer, input_quantizer
     for path, (weight_quantizer, input_quantizer) in built.items():
         layer = blocks[path]
+        if layer.weight._data is not None:      # new arrays: inference has left them in a layout that slows training
+            layer.weight.reset_ctx(layer.weight.list_ctx())
         weight_quantizer.nested = input_quantizer.nested = True
         LAYERS[type(layer)].from_float(layer, plan[path], weight_quantizer, input_quantizer)
     for owner in plan:
