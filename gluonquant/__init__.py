@@ -6,7 +6,7 @@
     ...                                      # train with gluon.Trainer as ever
     gq.save(net, path); gq.load(path, net)
 """
-from . import layers, observers, quantizers, training
+from . import layers, observers, ops, quantizers, training
 from .calibrate import calibrate
 from .checkpoint import load, save
 from .config import LayerConfig, QuantizerSpec, Rule
@@ -18,5 +18,5 @@ from .switches import freeze, freeze_batchnorm, set_mode, set_phase, unfreeze
 __version__ = '0.1.0'
 
 __all__ = ['Grid', 'LayerConfig', 'QuantizerSpec', 'Rule', 'calibrate', 'convert', 'freeze', 'freeze_batchnorm',
-           'layers', 'load', 'observers', 'quantizers', 'save', 'set_mode', 'set_phase', 'summary', 'training',
+           'layers', 'load', 'observers', 'ops', 'quantizers', 'save', 'set_mode', 'set_phase', 'summary', 'training',
            'unfreeze']
