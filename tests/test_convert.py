@@ -12,6 +12,7 @@ from mxnet.gluon.model_zoo import vision
 import gluonquant as gq
 from gluonquant.convert import PRESETS
 from gluonquant.layers import layers, named_blocks, quantizers
+from tiers import running
 
 ROUNDING = '"scalar": "12582912.0"'       # 1.5 * 2**23, which rounding adds and subtracts
 hybridized_or_not = pytest.mark.parametrize('hybridized', [False, True], ids=['imperative', 'hybridized'])
@@ -399,12 +400,9 @@ def test_the_two_branches_of_a_block_share_one_input_quantizer(name):
 
 @pytest.mark.parametrize('name', PAIRS)
 def test_a_shared_quantizer_stands_once_in_the_graph(name):
-    previous = gq.ops.use('pure')
-    try:
+    with running('pure'):
         net = gq.convert(residual(name), method='int8')
         symbol = net(mx.sym.var('data')).tojson()
-    finally:
-        gq.ops.use(previous)
     assert symbol.count(ROUNDING) == 2 * len(quantizers(net))
 
 

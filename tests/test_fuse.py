@@ -20,6 +20,7 @@ from gluonquant.convert import undo
 from gluonquant.fuse import FusedGraph, fuse, install, outputs, rewrite, uninstall
 from gluonquant.layers import QConv2D, QDense
 from gluonquant.symbol_graph import Entry, Graph, ancestors
+from tiers import running
 
 cannot_decide_type = pytest.mark.filterwarnings('ignore:Cannot decide type')    # Gluon says so of any input
 
@@ -551,12 +552,8 @@ def test_a_fused_symbol_comes_back_itself(zoo_net):
 @pytest.fixture(params=['portable', 'layout'])
 def tier(request):
     """Runs on the operators of this tier."""
-    try:
-        before = ops.use(request.param)
-    except RuntimeError as reason:
-        pytest.skip(str(reason))
-    yield request.param
-    ops.use(before)
+    with running(request.param) as name:
+        yield name
 
 
 @pytest.mark.native

@@ -10,6 +10,7 @@ from mxnet.gluon import HybridBlock
 from .. import functional as Q
 from .. import ops
 from ..grid import check_bits
+from .fused import Fusable
 from .parameter import LARGEST, QuantizerParameter
 
 OFF, OBSERVE, QUANTIZE = 0, 1, 2      # values of the Parameter `mode`
@@ -20,7 +21,7 @@ QParams.__doc__ = """What a runtime needs: x = scale * (code - zero_point).
 scale : float32 array, shape (1,) or (channels,).   zero_point : int32 array of the same shape."""
 
 
-class Quantizer(HybridBlock):
+class Quantizer(Fusable, HybridBlock):
     """Rounds a tensor to the levels of an n-bit grid and lets gradients through: *fake quantization*.
 
     x -> scale * (code - zero_point), code an integer of ``self.grid``, rounded half to even.
@@ -55,7 +56,6 @@ class Quantizer(HybridBlock):
     tracks = False              # has state that follows the data, or learnable ranges: can be frozen
     ewgs_supported = False
     grad_mode = 'ste'           # 'clip': no gradient outside the representable range
-    fused = None                # the fused operators' name of exactly this class's formulas; not inherited
 
     def __init__(self, bits, grid, ewgs=None, prefix=None, params=None):
         super().__init__(prefix=prefix, params=params)
@@ -129,47 +129,9 @@ class Quantizer(HybridBlock):
 
     def hybrid_forward(self, F, x, mode, **params):
         data = x if self._dtype == 'float32' else F.cast(x, 'float32')
-        operator = ops.name(self.role) if self.can_fuse(data) else None
-        quantize = self.composed if operator is None else self.single(operator)
-        out = quantize(F, data, mode, params)
+        forward = self.single if ops.name(self.role) and self.can_fuse(data) else self.composed
+        out = forward(F, data, mode, params)
         return out if self._dtype == 'float32' else F.cast(out, self._dtype)
-
-    def can_fuse(self, data):
-        """Whether one operator can stand for this quantizer: the one of its class, not of a class above it."""
-        return 'fused' in type(self).__dict__ and self.ewgs is None
-
-    def fused_options(self):
-        """Attributes of the fused operator besides the grid."""
-        return {}
-
-    def single(self, operator):
-        """The forward pass as one fused operator."""
-        def quantize(F, data, mode, params):
-            tensors = self.operands(F, data, mode, params)
-            return ops.fake_quantize(F, operator, tensors, method=self.fused, qmin=self.grid.qmin, qmax=self.grid.qmax,
-                                     signed=self.grid.signed, gate=self.grad_mode == 'clip', **self.fused_options())
-        return quantize
-
-    def operands(self, F, data, mode, params):
-        """The inputs of the fused operator by name.
-
-        The extension interface overwrites gradients that it should add to: of Parameters and inputs with
-        ``grad_req='add'``, and of a tensor that eight or more operators read. An identity in front does add; the layout
-        tier needs none.
-        """
-        tensors = {'data': data, 'mode': mode, **params}
-        if ops.in_layout():
-            return tensors
-        return {name: self._guarded(F, value) if name == 'data' or self._is_trainable(name) else value
-                for name, value in tensors.items()}
-
-    def _guarded(self, F, value):
-        # MXNet would merge the identities of several quantizers, were they equal.
-        own = {} if isinstance(value, nd.NDArray) else {'attr': {'__reader__': self.name}}
-        return F.identity(value, **own)
-
-    def _is_trainable(self, name):
-        return name in self._reg_params and self._reg_params[name].trainable
 
     def composed(self, F, data, mode, params):
         """The forward pass of plain MXNet operators."""

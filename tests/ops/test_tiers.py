@@ -13,20 +13,15 @@ from mxnet.gluon import nn
 
 import gluonquant as gq
 from gluonquant import ops
+from tiers import running
 
 pytestmark = pytest.mark.native
 STATIC = {'static_alloc': True, 'static_shape': True}
 
 
 def in_tier(tier, function, *args):
-    try:
-        previous = ops.use(tier)
-    except RuntimeError as reason:
-        pytest.skip(str(reason))
-    try:
+    with running(tier):
         return function(*args)
-    finally:
-        ops.use(previous)
 
 
 compiled = pytest.mark.parametrize('tier', ['portable', 'layout'])

@@ -2,14 +2,11 @@
 import pytest
 
 from gluonquant import ops
+from tiers import running
 
 
 @pytest.fixture(autouse=True, params=ops.TIERS)
 def tier(request):
     """The tier in use."""
-    try:
-        previous = ops.use(request.param)
-    except RuntimeError as reason:
-        pytest.skip(str(reason))
-    yield request.param
-    ops.use(previous)
+    with running(request.param) as name:
+        yield name
