@@ -1,8 +1,7 @@
-"""The three tiers on whole nets: the same numbers, in every process, thread and instruction set."""
+"""The three tiers on whole nets: the same numbers, in every process and instruction set."""
 import os
 import subprocess
 import sys
-import threading
 from functools import partial
 
 import mxnet as mx
@@ -152,28 +151,6 @@ def test_a_net_that_is_hybridized_before_its_shapes_are_known_is_fused(tier):
         return [node for node in net._cached_graph[1].get_internals().list_outputs() if 'gluonquant' in node], net
     nodes, net = in_tier(tier, hybridized)
     assert len({node.rpartition('_output')[0] for node in nodes}) == len(gq.layers.quantizers(net))
-
-
-@compiled
-def test_two_threads_run_two_nets(tier):
-    def outputs():
-        return {channels: train(partial(small, channels), 'lsq', 4, 6, 0.01)[0] for channels in (16, 20)}
-
-    def threaded():
-        results = {}
-        nets = {channels: small(channels) for channels in (16, 20)}     # initialization draws from one generator
-
-        def run(channels):
-            results[channels] = train(lambda: nets[channels], 'lsq', 4, 6, 0.01)[0]
-        threads = [threading.Thread(target=run, args=(channels,)) for channels in nets]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return results
-    expected, actual = in_tier(tier, outputs), in_tier(tier, threaded)
-    for channels, losses in expected.items():
-        assert np.array_equal(actual[channels], losses)
 
 
 def python(code, *args, **environment):
