@@ -6,23 +6,11 @@ from itertools import takewhile
 from mxnet.gluon import Block, HybridBlock
 
 from . import fuse, quantizers
-from .config import LayerConfig, QuantizerSpec, Rule, matches
+from .config import Rule, matches
 from .grid import check_bits
 from .layers import LAYERS, QuantizedLayer, SharedInput, named_blocks
-from .registry import nearest
+from .plan import base_config, check_patterns, end_config, settle_sign, start
 from .trace import Reading, trace
-
-# method -> methods of weights and of activations
-PRESETS = {'int8': ('int8', 'int8'), 'fqn': ('fqn', 'fqn'), 'pact': ('sawb', 'pact'), 'dorefa': ('dorefa', 'dorefa'),
-           'qil': ('qil', 'qil'), 'gdrq': ('gdrq', 'gdrq'), 'lsq': ('lsq', 'lsq')}
-DEFAULT_METHOD = 'lsq'
-# What suits pre-trained nets better than a method's own default. GDRQ: thresholds for reshaping cut a trained net down
-# to chance (resnet20, CIFAR-10 training images, calibrated only: 9 %; with these 68 %).
-_PRETRAINED = {('weight', 'lsq'): {'per_channel': True}, ('weight', 'lsqplus'): {'per_channel': True},
-               ('weight', 'dorefa'): {'options': {'rescale': 'max'}},
-               ('weight', 'gdrq'): {'options': {'ktimes': 4.0}},
-               ('activation', 'gdrq'): {'options': {'ktimes': 8.0, 'lam': 0.01}}}
-_SIGNED_FALLBACK = 'int8'       # for inputs below zero, where the method is for ReLU outputs only
 
 
 def convert(net, bits=4, *, method=None, weight=None, activation=None, weight_bits=None, activation_bits=None,
@@ -76,14 +64,11 @@ def convert(net, bits=4, *, method=None, weight=None, activation=None, weight_bi
     _check_net(net)
     bits = check_bits(bits)
     floats = _float_layers(net)
-    base = _base_config(bits, method, (weight, weight_bits, weight_options), (activation, activation_bits,
+    base = base_config(bits, method, (weight, weight_bits, weight_options), (activation, activation_bits,
                         activation_options), per_channel, signed, gradient_bits)
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     rules = [rule if isinstance(rule, Rule) else Rule(**rule) for rule in rules]
-    for pattern in [*exclude, *(rule.pattern for rule in rules)]:
-        if not any(matches(pattern, path) for path in floats):
-            raise ValueError(f'pattern {pattern!r} matches no layer.{nearest(pattern, floats)} '
-                             f'Layers: {_shortened(list(floats))}')
+    check_patterns([*exclude, *(rule.pattern for rule in rules)], floats, 'layer')
     readings = _readings(net, floats)
     plan = {}
     ends = _first_and_last(floats, readings)
@@ -94,10 +79,10 @@ def convert(net, bits=4, *, method=None, weight=None, activation=None, weight_bi
         if path in ends:
             if first_last_bits is None:
                 continue
-            config = _end_config(base, check_bits(first_last_bits, 'first_last_bits'))
+            config = end_config(base, check_bits(first_last_bits, 'first_last_bits'))
         for rule in rules:
             if rule.matches(path):
-                config = rule.apply(config, _start)
+                config = rule.apply(config, start)
         plan[path] = _settle(config, path, layer, readings[path])
     if not plan:
         raise ValueError('exclude and first_last_bits=None leave no layer to quantize')
@@ -175,39 +160,6 @@ def _float_layers(net):
     return found
 
 
-def _base_config(bits, method, weight, activation, per_channel, signed, gradient_bits):
-    if method is not None and method not in PRESETS:
-        raise ValueError(f'unknown method {method!r}.{nearest(method, PRESETS)} Known methods: '
-                         f'{", ".join(sorted(PRESETS))}')
-    if gradient_bits is not None:
-        check_bits(gradient_bits, 'gradient_bits')
-    specs = []
-    for role, (name, own_bits, options), preset in zip(('weight', 'activation'), (weight, activation),
-                                                       PRESETS[method or DEFAULT_METHOD]):
-        name = preset if name is None else name
-        own_bits = bits if own_bits is None else check_bits(own_bits, f'{role}_bits')
-        spec = _start(role, name, own_bits)
-        specs.append(replace(spec, options={**spec.options, **(options or {})}))
-    if per_channel is not None:
-        specs[0] = replace(specs[0], per_channel=per_channel)
-    return LayerConfig(specs[0], replace(specs[1], signed=signed), gradient_bits)
-
-
-def _start(role, method, bits):
-    """What a method starts with before anything else is asked for."""
-    quantizers.find(method, role)
-    return QuantizerSpec(method, bits, **_PRETRAINED.get((role, method), {}))
-
-
-def _end_config(base, bits):
-    """First and last layers: method int8, but affine methods and float tensors stay what they are."""
-    def end(spec):
-        if spec.method in ('fqn', 'affine', 'none', 'int8'):
-            return replace(spec, bits=bits)
-        return replace(spec, method='int8', bits=bits, options={})
-    return replace(base, weight=end(base.weight), activation=end(base.activation))
-
-
 def _readings(net, floats):
     """{path: Reading}; where the net cannot be traced, in order of registration, with inputs of unknown sign."""
     traced = trace(net)
@@ -234,12 +186,7 @@ def _settle(config, path, layer, reading):
     if not layout.startswith('NC'):
         raise ValueError(f'layer {path!r} ({_describe(layer)}) has layout {layout}; only channel-first layouts '
                          f'(NCW, NCHW, NCDHW) are supported. Keep it float with exclude=[{path!r}]')
-    activation, weight = config.activation, config.weight
-    if activation.signed is None and activation.method != 'none':
-        signed = not reading.nonnegative
-        if signed and not quantizers.find(activation.method, 'activation').signed_supported:
-            activation = replace(activation, method=_SIGNED_FALLBACK, options={})
-        activation = replace(activation, signed=signed)
+    activation, weight = settle_sign(config.activation, reading.nonnegative), config.weight
     if not LAYERS[type(layer)].per_channel_supported(layer):
         weight = replace(weight, per_channel=False)
     return replace(config, activation=activation, weight=weight,
@@ -293,8 +240,3 @@ def _describe(layer):
     if shape is None or not all(shape):
         return kind
     return f'{kind} {shape[1] * getattr(layer, "_kwargs", {}).get("num_group", 1)} -> {shape[0]}'
-
-
-def _shortened(names, most=8):
-    text = ', '.join(map(repr, names[:most]))
-    return text if len(names) <= most else f'{text} and {len(names) - most} more'

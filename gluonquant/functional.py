@@ -8,11 +8,11 @@ so ``value + mask * zero_with_gradient(x)`` equals ``value`` to the last bit whi
 Inf turn the zero into NaN: a broken activation is never hidden by a clip.
 """
 import atexit
-import ctypes
 
 import mxnet as mx
 from mxnet._ctypes.symbol import _symbol_creator
-from mxnet.base import _LIB, OpHandle, c_str, check_call
+
+from .symbol_graph import operator
 
 EPS = 1e-8                      # the smallest range that becomes a scale
 BIG = 1e38                      # further out than any activation; still finite in float32
@@ -87,15 +87,20 @@ def assign(F, state, value):
         written = F.sgd_mom_update(*arguments, lr=-1.0, momentum=0.0, wd=0.0)
     else:
         # mx.sym.sgd_mom_update passes inputs by names that the operator does not declare; by position it works.
-        written = _symbol_creator(_operator('sgd_mom_update'), arguments, None, ['lr', 'momentum', 'wd'],
+        written = _symbol_creator(operator('sgd_mom_update'), arguments, None, ['lr', 'momentum', 'wd'],
                                   [-1.0, 0.0, 0.0], None, False)
     return F.BlockGrad(written)
 
 
-def _operator(name):
-    handle = OpHandle()
-    check_call(_LIB.NNGetOpHandle(c_str(name), ctypes.byref(handle)))
-    return handle.value
+def computed_deconvolution(F, run, *tensors):
+    """``run(*tensors)``, a deconvolution whose weight was computed; None among the tensors stays None.
+
+    oneDNN's deconvolution of MXNet 1.9.1 fails in the backward pass of such a weight ("could not execute a primitive").
+    In float64 MXNet takes its own; only the gradient goes that way, the value does not.
+    """
+    value = run(*(None if tensor is None else F.BlockGrad(tensor) for tensor in tensors))
+    wide = run(*(None if tensor is None else F.cast(tensor, 'float64') for tensor in tensors))
+    return value + zero_with_gradient(F, F.cast(wide, 'float32'))
 
 
 def moving_average(F, old, batch, decay, learning, unset):

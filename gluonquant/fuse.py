@@ -6,7 +6,7 @@ import mxnet as mx
 from mxnet.gluon import HybridBlock
 from mxnet.ndarray import NDArray
 
-from .layers import QuantizedLayer, layers, named_blocks
+from .layers import QuantizedLayer, layers, named_blocks, quantizers
 from .ops.load import PREFIXES
 from .symbol_graph import Entry, Graph, Node, ancestors
 
@@ -170,12 +170,13 @@ class FusedGraph:
 
     `install` makes the class; it keeps the name of the one it stands for, and copies and pickles like it.
     """
+    _traced_class = None
 
     def _get_graph(self, *args):
         if not self._cached_graph:
             inputs, out = super()._get_graph(*args)
-            weights = (layer.weight for layer in layers(self).values())
-            unknown = [weight for weight in weights if not all(size > 0 for size in weight.shape)]
+            weights = [quantizer.bound for quantizer in quantizers(self, 'weight').values() if quantizer.bound]
+            unknown = [weight for weight in weights if not weight.shape or not all(size > 0 for size in weight.shape)]
             if unknown and all(isinstance(arg, NDArray) for arg in args):
                 # A quantizer whose weight has no shape yet is composed of plain operators. That graph tells the shapes;
                 # then the net is traced again.
@@ -188,6 +189,8 @@ class FusedGraph:
         return self._cached_graph
 
     def __reduce_ex__(self, protocol):
+        if self._traced_class is None:
+            return super().__reduce_ex__(protocol)
         # pickle looks for a class by its name, and there it finds the original.
         make, args, *rest = super().__reduce_ex__(protocol)
         make, *args = (self._traced_class if part is type(self) else part for part in (make, *args))
@@ -210,7 +213,7 @@ def install(net):
 def uninstall(net):
     """Undo `install`, before or after the layers are float again; returns net."""
     for _, block in named_blocks(net):
-        if isinstance(block, FusedGraph):
+        if isinstance(block, FusedGraph) and block._traced_class:
             block.__class__ = block._traced_class
             block._clear_cached_op()
     return net

@@ -1,20 +1,21 @@
 """What the traced symbol tells about a net's layers: their order, what they read, whether it can be negative."""
-import json
 import logging
 from collections import namedtuple
 
 import mxnet as mx
+
+from .symbol_graph import Graph
 
 _log = logging.getLogger(__name__)
 
 Reading = namedtuple('Reading', 'order tensor nonnegative uses')
 Reading.__doc__ = """One layer's place in the graph.
 
-order : int, position in topological order.   tensor : what it reads, comparable; None if several or unknown.
+order : int, position in topological order.   tensor : Entry, what it reads; None if several or unknown.
 nonnegative : bool, whether everything it reads is provably >= 0.   uses : int, how often it is called in one pass;
 0 if it is not part of the graph."""
 
-_LAYERS = ('Convolution', 'Deconvolution', 'FullyConnected')
+LAYER_OPS = ('Convolution', 'Deconvolution', 'FullyConnected')
 # Never negative, whatever goes in.
 _POSITIVE = {'relu', 'sigmoid', 'softmax', 'abs', 'square', 'exp', 'sqrt', 'hard_sigmoid', 'ones_like', 'zeros_like',
              '_ones', '_zeros', 'softmax_cross_entropy'}
@@ -40,14 +41,14 @@ def trace(net):
         _log.info('%s cannot be traced (%s: %s): its inputs count as signed, its layers as ordered by registration',
                   type(net).__name__, type(error).__name__, error)
         return {}
-    nodes = json.loads(_group(out).tojson())['nodes']
-    positive = _nonnegative(nodes)
+    graph = Graph.of(_group(out))
+    positive = nonnegative(graph)
     found = {}
-    for node in nodes:
-        if node['op'] in _LAYERS:
-            data, weight = (tuple(entry[:2]) for entry in node['inputs'][:2])
-            name = nodes[weight[0]]['name']
-            reading = Reading(len(found), data, positive[data[0]], 1)
+    for node in graph.nodes():
+        if node.op in LAYER_OPS:
+            data, weight = node.inputs[:2]
+            name = weight.node.name
+            reading = Reading(len(found), data, positive[data.node], 1)
             if name in found:       # a layer called twice, or a shared weight
                 before = found[name]
                 reading = Reading(before.order, data if data == before.tensor else None,
@@ -65,22 +66,22 @@ def _group(out):
     return mx.sym.Group(parts)
 
 
-def _nonnegative(nodes):
-    """For every node whether all its outputs are provably >= 0."""
-    known = []
-    for node in nodes:
-        op, attrs = node['op'], node.get('attrs', {})
-        inputs = [known[entry[0]] for entry in node['inputs']]
+def nonnegative(graph):
+    """{node: whether all its outputs are provably >= 0}."""
+    known = {}
+    for node in graph.nodes():
+        op, attrs = node.op, node.attrs
+        inputs = [known[entry.node] for entry in node.inputs]
         if op in _POSITIVE or (op == 'Activation' and attrs.get('act_type') in _ACTIVATIONS):
-            known.append(True)
+            known[node] = True
         elif op == 'clip':
-            known.append(float(attrs['a_min']) >= 0)
+            known[node] = float(attrs['a_min']) >= 0
         elif op == '_maximum_scalar':
-            known.append(float(attrs['scalar']) >= 0 or inputs[0])
+            known[node] = float(attrs['scalar']) >= 0 or inputs[0]
         elif op in ('_plus_scalar', '_mul_scalar', '_div_scalar'):
-            known.append(float(attrs['scalar']) >= 0 and inputs[0])
+            known[node] = float(attrs['scalar']) >= 0 and inputs[0]
         elif op in ('Pad', 'pad'):
-            known.append(float(attrs.get('constant_value', 0)) >= 0 and inputs[0])
+            known[node] = float(attrs.get('constant_value', 0)) >= 0 and inputs[0]
         else:
-            known.append(op in _KEEPING and bool(inputs) and all(inputs))
+            known[node] = op in _KEEPING and bool(inputs) and all(inputs)
     return known

@@ -10,8 +10,8 @@ from mxnet.gluon import nn
 from mxnet.gluon.model_zoo import vision
 
 import gluonquant as gq
-from gluonquant.convert import PRESETS
 from gluonquant.layers import layers, named_blocks, quantizers
+from gluonquant.plan import PRESETS
 from tiers import running
 
 ROUNDING = '"scalar": "12582912.0"'       # 1.5 * 2**23, which rounding adds and subtracts

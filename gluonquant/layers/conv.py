@@ -1,4 +1,6 @@
 """Quantized convolutions."""
+from functools import partial
+
 from mxnet.gluon import nn
 
 from .. import functional as Q
@@ -26,12 +28,8 @@ class QConv2DTranspose(QuantizedLayer, nn.Conv2DTranspose):
     weight_axis = 1
 
     def float_forward(self, F, x, weight, bias):
-        # oneDNN's deconvolution of MXNet 1.9.1 fails in the backward pass of a weight that was computed ("could not
-        # execute a primitive"). In float64 MXNet takes its own; only the gradient goes that way, the value does not.
-        blocked = [None if tensor is None else F.BlockGrad(tensor) for tensor in (x, weight, bias)]
-        value = super().float_forward(F, *blocked)
-        wide = [None if tensor is None else F.cast(tensor, 'float64') for tensor in (x, weight, bias)]
-        return value + Q.zero_with_gradient(F, F.cast(super().float_forward(F, *wide), 'float32'))
+        run = partial(super().float_forward, F)
+        return Q.computed_deconvolution(F, run, x, weight, bias)
 
     @classmethod
     def per_channel_supported(cls, layer):

@@ -1,4 +1,5 @@
 """Finding blocks in a net by their path."""
+from ..quantizers import Identity, Quantizer
 from .base import QuantizedLayer
 
 
@@ -23,11 +24,5 @@ def layers(net):
 
 def quantizers(net, role=None):
     """{path: quantizer} of ``net``, one entry for a shared one; ``role``: 'weight' or 'activation' only."""
-    found, seen = {}, set()
-    for path, layer in layers(net).items():
-        for name in ('weight_quantizer', 'input_quantizer'):
-            quantizer = getattr(layer, name)
-            if id(quantizer) not in seen and role in (None, quantizer.role):
-                seen.add(id(quantizer))
-                found[f'{path}.{name}' if path else name] = quantizer
-    return found
+    return {path: block for path, block in named_blocks(net)
+            if isinstance(block, (Quantizer, Identity)) and role in (None, block.role)}

@@ -258,14 +258,25 @@ class Quantizer(Fusable, HybridBlock):
             warnings.warn(f'{self.where} ({type(self).__name__}) is not calibrated: its input passes unquantized. '
                           'Call gq.calibrate(net, loader), or load a quantized checkpoint.', stacklevel=2)
 
-    def bind(self, weight):
-        """Remember the Parameter that this quantizer stands in front of (layers do it)."""
-        self._bound = (weight,)         # in a tuple, so that Gluon does not register it as ours
+    def bind(self, weight, read=None):
+        """Remember the Parameter that this quantizer stands in front of (layers do it).
+
+        ``read()`` gives the array if that is computed from the Parameter, in its shape.
+        """
+        self._bound = (weight, read)        # in a tuple, so that Gluon does not register it as ours
+
+    @property
+    def bound(self):
+        """The Parameter given to `bind`, or None."""
+        return self._bound[0] if self._bound else None
 
     @property
     def source(self):
         """The array of the bound weight, or None."""
-        return self._bound[0].data() if self._bound and self._bound[0]._data is not None else None
+        if self.bound is None or self.bound._data is None:
+            return None
+        read = self._bound[1]
+        return self.bound.data() if read is None else read()
 
     def init_from(self, x):
         """Set every range from data.

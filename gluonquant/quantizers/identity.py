@@ -11,13 +11,14 @@ class Identity(HybridBlock):
     marker = None
     signed_supported = True
     default_range = False
+    bound = None
 
     def __init__(self, bits=None, signed=None, per_channel=None, axis=0, shape=None, prefix=None, params=None):
         super().__init__(prefix=prefix, params=params)
         self.nested = False
         self.where = self.name
 
-    def bind(self, weight):
+    def bind(self, weight, read=None):
         """Nothing to remember."""
 
     def hybrid_forward(self, F, x):

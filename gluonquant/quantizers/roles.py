@@ -71,7 +71,7 @@ class WeightQuantizer(Quantizer):
         # The extension interface infers shapes forwards only.
         if isinstance(data, nd.NDArray):
             return True
-        shape = self._bound[0].shape if self._bound else self.shape
+        shape = self.shape if self.bound is None else self.bound.shape
         return shape is not None and all(size > 0 for size in shape)
 
     def fused_options(self):
