@@ -6,17 +6,18 @@
     ...                                      # train with gluon.Trainer as ever
     gq.save(net, path); gq.load(path, net)
 """
-from . import layers, observers, ops, quantizers, training
+from . import graph, layers, observers, ops, quantizers, training
 from .calibrate import calibrate
 from .checkpoint import load, save
 from .config import LayerConfig, QuantizerSpec, Rule
 from .convert import convert
+from .graph import attach
 from .grid import Grid
 from .summary import summary
 from .switches import freeze, freeze_batchnorm, set_mode, set_phase, unfreeze
 
 __version__ = '0.1.0'
 
-__all__ = ['Grid', 'LayerConfig', 'QuantizerSpec', 'Rule', 'calibrate', 'convert', 'freeze', 'freeze_batchnorm',
-           'layers', 'load', 'observers', 'ops', 'quantizers', 'save', 'set_mode', 'set_phase', 'summary', 'training',
-           'unfreeze']
+__all__ = ['Grid', 'LayerConfig', 'QuantizerSpec', 'Rule', 'attach', 'calibrate', 'convert', 'freeze',
+           'freeze_batchnorm', 'graph', 'layers', 'load', 'observers', 'ops', 'quantizers', 'save', 'set_mode',
+           'set_phase', 'summary', 'training', 'unfreeze']

@@ -1,6 +1,8 @@
 """`calibrate`: run batches through the float net, watch every input of a quantized layer, set the ranges."""
+import json
 import logging
 import math
+import os
 from contextlib import contextmanager
 from itertools import islice
 
@@ -11,6 +13,7 @@ from . import observers
 from .layers import layers, named_blocks, quantizers
 from .registry import nearest
 
+_OUTPUT = '.output_quantizer'
 _log = logging.getLogger(__name__)
 
 
@@ -29,8 +32,9 @@ def calibrate(net, loader, batches=10, *, observer=None, table=None, forward=Non
         How many to take; None = all. 100 to 1000 images in all are enough.
     observer : str, optional
         'minmax', 'ema', 'percentile', 'mse' or 'kl' for all inputs; None = each method's own choice.
-    table : dict, optional
-        {layer path: amax or (lo, hi)}: ranges known from elsewhere; these layers' data are not used.
+    table : dict or str, optional
+        {layer path, or name of a tensor of an attached net: amax or (lo, hi)}, or a JSON file with that: ranges known
+        from elsewhere; these layers' data are not used. What this function returns is such a table.
     forward : callable(net, batch), optional
         How to run a batch, for nets with several inputs.
 
@@ -45,15 +49,13 @@ def calibrate(net, loader, batches=10, *, observer=None, table=None, forward=Non
         No quantized layer, an empty loader, NaN or Inf in the data (the layer is named), an unknown observer or
         table entry. The net is then as it was.
     """
-    converted = layers(net)
-    if not converted:
-        raise ValueError(f'{type(net).__name__} has no quantized layer: call gq.convert(net) first')
+    if not quantizers(net):
+        raise ValueError(f'{type(net).__name__} has no quantizer: call gq.convert(net) or gq.attach(net) first')
     if batches is not None and (isinstance(batches, bool) or not isinstance(batches, int) or batches < 1):
         raise ValueError(f'batches={batches!r}: pass a number of batches >= 1, or None for all')
-    inputs = {path: quantizer for path, quantizer in quantizers(net, 'activation').items()
-              if quantizer.grid is not None}
+    inputs = _inputs(net)
     watching = {path: quantizer.observer(observer) for path, quantizer in inputs.items()}
-    fixed = _from_table(table or {}, converted, inputs)
+    fixed = _from_table(table or {}, net, inputs)
     watching.update(fixed)
 
     watched = {inputs[path]: (path, seen) for path, seen in watching.items() if path not in fixed}
@@ -74,9 +76,8 @@ def calibrate(net, loader, batches=10, *, observer=None, table=None, forward=Non
     if unseen:
         _log.warning('no data reached %s: still without a range', ', '.join(unseen))
     values = [(inputs[path], inputs[path].initial(seen)) for path, seen in watching.items() if seen.count]
-    for layer in converted.values():
-        if layer.weight_quantizer.grid is not None:
-            values.append((layer.weight_quantizer, layer.weight_quantizer.initial(layer.weight.data())))
+    values += [(quantizer, quantizer.initial(quantizer.source)) for quantizer in quantizers(net, 'weight').values()
+               if quantizer.grid is not None]
     for quantizer, initial in values:
         quantizer.write(**initial)
     empty = [path for path, seen in watching.items() if seen.count and not inputs[path].calibrated]
@@ -85,18 +86,35 @@ def calibrate(net, loader, batches=10, *, observer=None, table=None, forward=Non
     return {path: inputs[path].affine_bounds() for path, seen in watching.items() if seen.count and path not in empty}
 
 
-def _from_table(table, converted, inputs):
+def set_ranges(net, table):
+    """Set the ranges that ``table`` gives, as for `calibrate`, without any data."""
+    inputs = _inputs(net)
+    fixed = _from_table(table, net, inputs)
+    for quantizer, initial in [(inputs[path], inputs[path].initial(seen)) for path, seen in fixed.items()]:
+        quantizer.write(**initial)
+
+
+def _inputs(net):
+    return {path: quantizer for path, quantizer in quantizers(net, 'activation').items() if quantizer.grid is not None}
+
+
+def _from_table(table, net, inputs):
+    if isinstance(table, (str, os.PathLike)):
+        with open(table, encoding='utf8') as file:
+            table = json.load(file)
+    paths = {quantizer: path for path, quantizer in inputs.items()}
+    known = {**inputs, **{path: layer.input_quantizer for path, layer in layers(net).items()},
+             **{path[:-len(_OUTPUT)]: quantizer for path, quantizer in inputs.items() if path.endswith(_OUTPUT)}}
     fixed = {}
-    for path, value in table.items():
-        if path not in converted:
-            raise ValueError(f'table names {path!r}, which is no quantized layer.{nearest(path, converted)}')
-        quantizer = converted[path].input_quantizer
-        known = [name for name, other in inputs.items() if other is quantizer]
-        if not known:
-            raise ValueError(f'table names {path!r}, whose input is not quantized')
+    for name, value in table.items():
+        if name not in known:
+            raise ValueError(f'table names {name!r}, which is no quantized layer or tensor.{nearest(name, known)}')
+        quantizer = known[name]
+        if quantizer.grid is None:
+            raise ValueError(f'table names {name!r}, whose input is not quantized')
         seen = observers.create('minmax')
-        seen.update(nd.array(_range(path, value, quantizer.grid.signed)))
-        fixed[known[0]] = seen
+        seen.update(nd.array(_range(name, value, quantizer.grid.signed)))
+        fixed[paths[quantizer]] = seen
     return fixed
 
 

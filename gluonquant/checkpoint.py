@@ -12,7 +12,8 @@ from mxnet import nd
 
 from .config import PLAN_VERSION, LayerConfig
 from .convert import apply, clear_caches, undo
-from .layers import layers, named_blocks
+from .graph import GraphNet
+from .layers import layers, named_blocks, quantizers
 from .switches import batchnorms
 
 _PLAN = 'plan'
@@ -29,19 +30,15 @@ def save(net, path):
     ValueError
         The net is not converted, or some Parameter has no value yet (it is named).
     """
-    converted = layers(net)
-    if not converted:
-        raise ValueError(f'{type(net).__name__} has no quantized layer: save it with net.save_parameters(path)')
+    if not quantizers(net):
+        raise ValueError(f'{type(net).__name__} has no quantizer: save it with net.save_parameters(path)')
     nd.waitall()        # reading does not wait for what a static graph still writes, BatchNorm's statistics too
     arrays = {}
     for name, parameter in net._collect_params_with_prefix().items():
         if parameter._data is None and not hasattr(parameter, 'prepare'):
             raise ValueError(f'Parameter {name!r} has no value yet: run one batch through the net before saving')
         arrays[name] = parameter._reduce().asnumpy()
-    frozen = [name for name, block in batchnorms(net).items() if block._kwargs['use_global_stats']]
-    plan = {'version': PLAN_VERSION, 'frozen_batchnorm': frozen,
-            'layers': {name: {_FLOAT_NAME: layer.float_class.__name__, **layer.config.to_dict()}
-                       for name, layer in converted.items()}}
+    plan = {'version': PLAN_VERSION, **(net.describe() if isinstance(net, GraphNet) else _describe(net))}
     text = json.dumps(plan, default=_plain)
     unfinished = f'{path}.part{os.getpid()}'
     try:
@@ -55,15 +52,16 @@ def save(net, path):
             os.remove(unfinished)
 
 
-def load(path, net, ctx=None):
+def load(path, net=None, ctx=None):
     """Read what `save` wrote into ``net`` and return it.
 
     Parameters
     ----------
     path : str
-    net : Block
+    net : Block, optional
         The same architecture, float (it is converted as the file says; nothing else needs to be told) or already
-        converted in the same way.
+        converted in the same way. A file of a net from `attach` holds the graph, too: it needs no net; if it is given
+        the float net, the result shares its Parameters; given an attached one, it loads into that.
     ctx : Context or list of Context, optional
         Where to put Parameters that have no value yet; default cpu.
 
@@ -73,7 +71,21 @@ def load(path, net, ctx=None):
         The file is damaged, not one of ours, or made from another net: the first difference is named. The net is
         then as it was.
     """
-    classes, configs, frozen, arrays = _read(path)
+    plan, arrays = _read(path)
+    if 'graph' in plan:
+        return _load_graph(path, plan, arrays, net, ctx)
+    if net is None:
+        raise ValueError(f'{path} holds Parameters and how layers are quantized: pass the float net, too')
+    return _load_layers(path, plan, arrays, net, ctx)
+
+
+def _load_layers(path, plan, arrays, net, ctx):
+    try:
+        classes = {name: values.pop(_FLOAT_NAME) for name, values in plan['layers'].items()}
+        configs = {name: LayerConfig.from_dict(values) for name, values in plan['layers'].items()}
+        frozen = set(plan['frozen_batchnorm'])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from None
     converted = layers(net)
     _check_layers(path, net, classes, configs, converted)
     if not converted:
@@ -87,13 +99,51 @@ def load(path, net, ctx=None):
         if not converted:
             undo(net)
         raise
-    for name, parameter in net._collect_params_with_prefix().items():
-        placed = parameter._data is not None or parameter._deferred_init
-        parameter._load_init(nd.array(arrays[name], dtype=arrays[name].dtype), None if placed else ctx)
+    _place(net, arrays, ctx)
     for name, block in batchnorms(net).items():
         block._kwargs['use_global_stats'] = name in frozen
     clear_caches(net)
     return net
+
+
+def _load_graph(path, plan, arrays, net, ctx):
+    try:
+        made = GraphNet.from_description(plan, _parameters_by_path(path, net))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from None
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
+    _check_parameters(path, made, arrays)
+    if isinstance(net, GraphNet):
+        if net.settings() != made.settings():
+            raise ValueError(f'{path}: was saved from another graph, or with other quantizers')
+        made = net
+    _place(made, arrays, ctx)
+    return made
+
+
+def _parameters_by_path(path, net):
+    """The Parameters that a loaded graph shares with ``net``; None if it gets its own."""
+    if net is None:
+        return None
+    if isinstance(net, GraphNet):
+        return dict(net._reg_params)
+    if layers(net):
+        raise ValueError(f'{path}: holds a graph, but the net is converted: pass the float net, or none')
+    return net._collect_params_with_prefix()
+
+
+def _place(net, arrays, ctx):
+    for name, parameter in net._collect_params_with_prefix().items():
+        placed = parameter._data is not None or parameter._deferred_init
+        parameter._load_init(nd.array(arrays[name], dtype=arrays[name].dtype), None if placed else ctx)
+
+
+def _describe(net):
+    """What `convert` decided, and which BatchNorm layers are frozen."""
+    return {'frozen_batchnorm': [name for name, block in batchnorms(net).items() if block._kwargs['use_global_stats']],
+            'layers': {name: {_FLOAT_NAME: layer.float_class.__name__, **layer.config.to_dict()}
+                       for name, layer in layers(net).items()}}
 
 
 def _plain(value):
@@ -104,7 +154,7 @@ def _plain(value):
 
 
 def _read(path):
-    """(float class, LayerConfig) by layer, frozen BatchNorm layers, and arrays by Parameter name."""
+    """(plan, arrays by name of Parameter)."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             if _PLAN not in archive:
@@ -113,15 +163,16 @@ def _read(path):
             arrays = {name[2:]: archive[name] for name in archive.files if name.startswith('p:')}
         if plan['version'] != PLAN_VERSION:
             raise ValueError(f'plan version {plan["version"]}, this library reads {PLAN_VERSION}')
-        classes = {name: values.pop(_FLOAT_NAME) for name, values in plan['layers'].items()}
-        configs = {name: LayerConfig.from_dict(values) for name, values in plan['layers'].items()}
-        return classes, configs, set(plan['frozen_batchnorm']), arrays
+        return plan, arrays
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:      # damaged bytes fail wherever they are first made sense of
         known = isinstance(error, ValueError) and str(error).startswith(('no plan', 'plan version'))
-        reason = str(error) if known else f'not a complete file of gq.save ({type(error).__name__}: {error})'
-        raise ValueError(f'{path}: {reason}') from None
+        raise (ValueError(f'{path}: {error}') if known else _damaged(path, error)) from None
+
+
+def _damaged(path, error):
+    return ValueError(f'{path}: not a complete file of gq.save ({type(error).__name__}: {error})')
 
 
 def _check_layers(path, net, classes, configs, converted):

@@ -3,7 +3,11 @@ import math
 from dataclasses import astuple, dataclass, fields
 from typing import Optional, Tuple
 
+from .graph import GraphNet
+from .graph.net import bound_variable
 from .layers import LAYERS, QuantizedLayer, named_blocks
+from .symbol_graph import QUANTIZE
+from .trace import LAYER_OPS
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,14 @@ def summary(net):
     -------
     Summary
     """
-    return Summary(tuple(_row(path, block) for path, block in named_blocks(net)
-                         if isinstance(block, QuantizedLayer) or type(block) in LAYERS))
+    rows = []
+    for path, block in named_blocks(net):
+        if isinstance(block, GraphNet):
+            rows += [_node_row(block, node) for node in block.graph.nodes()
+                     if node.op in LAYER_OPS or any(entry.node.op == QUANTIZE for entry in node.inputs)]
+        elif isinstance(block, QuantizedLayer) or type(block) in LAYERS:
+            rows.append(_row(path, block))
+    return Summary(tuple(rows))
 
 
 def _row(path, layer):
@@ -75,6 +85,23 @@ def _row(path, layer):
     calibrated = 'yes' if all(part.calibrated for part in parts) else 'no'
     return Row(path, type(layer).__name__, shape, source, _describe(layer.weight_quantizer), calibrated, size,
                _packed(layer.weight_quantizer, shape, size))
+
+
+def _node_row(net, node):
+    """A node of an attached net that has a weight, or of whose inputs some are quantized."""
+    own = [net.quantizer(entry) for entry in node.inputs]
+    weight = None
+    if node.op in LAYER_OPS:
+        weight, own = own[1], own[:1]
+    shape = net.parameter(bound_variable(node.inputs[1])).shape if node.op in LAYER_OPS else None
+    shape = shape if shape and all(shape) else None
+    size = 4 * math.prod(shape) if shape else 0
+    parts = [part for part in [*own, weight] if part is not None]
+    calibrated = ('yes' if all(part.calibrated for part in parts) else 'no') if parts else ''
+    source = ', '.join(dict.fromkeys('float' if part is None else _describe(part) for part in own))
+    described = '' if node.op not in LAYER_OPS else 'float' if weight is None else _describe(weight)
+    return Row(net.label(node), node.op, shape, source, described, calibrated, size,
+               size if weight is None else _packed(weight, shape, size))
 
 
 def _describe(quantizer):

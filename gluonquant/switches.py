@@ -2,6 +2,7 @@
 from mxnet.gluon import nn
 
 from .convert import clear_caches
+from .graph import GraphNet
 from .layers import named_blocks, quantizers
 from .quantizers import OBSERVE, OFF, QUANTIZE
 
@@ -59,6 +60,9 @@ def freeze_batchnorm(net, frozen=True):
     """
     for block in batchnorms(net).values():
         block._kwargs['use_global_stats'] = bool(frozen)
+    for _, block in named_blocks(net):
+        if isinstance(block, GraphNet):
+            block.freeze_batchnorm(frozen)
     clear_caches(net)
     return net
 

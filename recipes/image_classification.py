@@ -58,6 +58,8 @@ def parse_args(argv=None):
     add('--weight-bits', type=int, help='bits of weights, if not --bits')
     add('--activation-bits', type=int, help='bits of activations, if not --bits')
     add('--first-last-bits', type=int, default=8, help='bits of the first and the last layer')
+    add('--graph', action='store_true', help='quantize the traced graph: inputs of sums, poolings and concats too')
+    add('--target', choices=sorted(gq.graph.TARGETS), help='with --graph, where this engine wants quantizers')
     add('--calibration-batches', type=int, default=10, help='training batches that set the initial ranges')
 
     add = parser.add_argument_group('fine-tuning').add_argument
@@ -80,6 +82,8 @@ def parse_args(argv=None):
     add('--logging-file', default='train.log', help='name of the log in --save-dir')
 
     args = parser.parse_args(argv)
+    if args.target and not args.graph:
+        parser.error('--target places quantizers in a graph: pass --graph, too.')
     if args.data_dir and args.dataset == 'digits':
         parser.error('--dataset digits comes with scikit-learn and takes no --data-dir. Leave one out.')
     args.dataset = args.dataset or ('directory' if args.data_dir else 'digits')
@@ -127,16 +131,21 @@ def read_data(args):
 
 
 def quantize(net, loaders, args):
-    """Convert and calibrate `net` in place."""
+    """Return `net` quantized and calibrated: changed in place, or as a graph that shares its parameters."""
     net.hybridize(False)            # a traced graph cannot be converted
+    options = {'method': args.method, 'weight': args.weight, 'activation': args.activation,
+               'weight_bits': args.weight_bits, 'activation_bits': args.activation_bits,
+               'first_last_bits': args.first_last_bits}
     try:
-        gq.convert(net, args.bits, method=args.method, weight=args.weight, activation=args.activation,
-                   weight_bits=args.weight_bits, activation_bits=args.activation_bits,
-                   first_last_bits=args.first_last_bits)
+        if args.graph:
+            net = gq.attach(net, args.bits, target=args.target, **options)
+        else:
+            gq.convert(net, args.bits, **options)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     gq.calibrate(net, loaders.calibration, batches=args.calibration_batches)
     hybridize(net, args.mode)
+    return net
 
 
 def start_or_resume(args, folder):
@@ -202,13 +211,13 @@ def run(args):
         start = time.time()
         state['accuracy']['float'] = evaluate(net, loaders.val)
         net.save_parameters(os.path.join(args.save_dir, 'float.params'))
-        quantize(net, loaders, args)
+        net = quantize(net, loaders, args)
         state['accuracy']['calibrated only'] = evaluate(net, loaders.val)
         logging.info('float %.4f, calibrated only %.4f', *state['accuracy'].values())
         state.update(stage='quantized', epoch=0, seconds=state['seconds'] + time.time() - start)
         save(net)
     else:
-        gq.load(os.path.join(state['path'], 'net.params'), net)
+        net = gq.load(os.path.join(state['path'], 'net.params'), net)
         hybridize(net, args.mode)
     train_stage('quantized', net, loaders, args, state, save)
     if args.num_epochs:

@@ -429,7 +429,7 @@ def test_an_input_that_is_always_0_is_no_obstacle(net, method):
 
 
 def test_a_float_net_is_refused(net):
-    with pytest.raises(ValueError, match=r'HybridSequential has no quantized layer: call gq.convert\(net\) first'):
+    with pytest.raises(ValueError, match=r'HybridSequential has no quantizer: call gq.convert\(net\) or gq.attach'):
         gq.calibrate(net, batches())
 
 
@@ -480,7 +480,7 @@ def test_an_unknown_observer_is_refused_with_the_nearest(converted):
 
 
 def test_an_unknown_table_entry_is_refused_with_the_nearest(converted):
-    raising(converted, ValueError, r"table names '22', which is no quantized layer. Did you mean '2'",
+    raising(converted, ValueError, r"table names '22', which is no quantized layer or tensor. Did you mean '2'",
             table={'22': 1.0})
 
 

@@ -379,7 +379,7 @@ def test_the_file_is_an_archive_that_needs_no_pickle(seed, path):
 
 
 def test_a_float_net_is_not_saved(seed, path):
-    with pytest.raises(ValueError, match=r'has no quantized layer: save it with net.save_parameters\(path\)'):
+    with pytest.raises(ValueError, match=r'has no quantizer: save it with net.save_parameters\(path\)'):
         gq.save(fresh(), path)
     assert not os.path.exists(path)
 

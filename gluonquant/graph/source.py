@@ -1,0 +1,184 @@
+"""Where a graph comes from: a block that can be traced, a symbol, files."""
+import os
+from dataclasses import dataclass
+from typing import Any, Dict, List
+
+import mxnet as mx
+import numpy as np
+from mxnet.gluon import Block, HybridBlock, SymbolBlock
+from mxnet.gluon.block import _flatten
+
+from ..layers import layers
+from ..registry import nearest
+from ..symbol_graph import VARIABLE, Graph
+from .net import GraphNet, layer_path, make_parameters, short_name
+
+
+@dataclass
+class Source:
+    """The arguments of a `GraphNet`, before anything is quantized."""
+    graph: Graph
+    parameters: Dict[str, Any]
+    inputs: List[str]
+    paths: Dict[str, str]
+    form: Any = None
+    scope: str = ''
+
+    def label(self, node):
+        """See `short_name`."""
+        return short_name(node, self.scope)
+
+    def path(self, node):
+        """The path of the layer that a node belongs to, or its label."""
+        return layer_path(node, self.paths) or self.label(node)
+
+
+def read(net, params=None, inputs='data'):
+    """The `Source` of what `attach` is given.
+
+    Parameters
+    ----------
+    net : HybridBlock, Symbol, Graph, str
+        A str is the path of a ``*-symbol.json`` file.
+    params : str or dict, optional
+        With anything but a block: the path of a ``.params`` file, or {name: NDArray}; names may begin with 'arg:' and
+        'aux:'. None: Parameters without values.
+    inputs : str or sequence of str
+        Names of the tensors that are passed; for a block, as many as it takes.
+
+    Raises
+    ------
+    ValueError
+        See `Graph.read`; a Parameter that the file does not have, or has in another shape.
+    """
+    inputs = [inputs] if isinstance(inputs, str) else list(inputs)
+    if isinstance(net, GraphNet):
+        return _again(net)
+    if isinstance(net, SymbolBlock):
+        return _from_symbol_block(net)
+    if isinstance(net, Block):
+        return _traced(net, inputs)
+    if isinstance(net, (str, os.PathLike)):
+        try:
+            with open(net, encoding='utf8') as file:
+                graph = Graph.read(file.read())
+        except ValueError as error:
+            raise ValueError(f'{net}: {error}') from None
+    elif isinstance(net, mx.sym.Symbol):
+        graph = Graph.of(net)
+    elif isinstance(net, Graph):
+        graph = net.copy()
+    else:
+        raise TypeError(f'net is a {type(net).__name__}: pass a HybridBlock, a Symbol, or the path of a symbol file')
+    arrays = _arrays(params)
+    return Source(graph, _parameters(graph, arrays, inputs), inputs, {})
+
+
+def _again(net):
+    if net.decisions:
+        raise RuntimeError('quantizers are attached already: attach to the float net instead')
+    return Source(net.graph.copy(), {name: net.parameter(name) for name in net.paths}, net.inputs, net.paths, net.form,
+                  net.scope)
+
+
+def _from_symbol_block(block):
+    inputs, out = block._cached_graph
+    graph, names = Graph.of(out), [symbol.name for symbol in inputs]
+    known = block.collect_params()
+    parameters = {name: known[name] for name in graph.variables() if name not in names}
+    paths = {parameter.name: path for path, parameter in block._collect_params_with_prefix().items()}
+    return Source(graph, parameters, names, paths, block._out_format)
+
+
+def _traced(net, inputs):
+    if layers(net):
+        raise RuntimeError(f'the net is already converted: {next(iter(layers(net)))!r} is quantized. Attach to a fresh '
+                           'float net instead')
+    if not isinstance(net, HybridBlock):
+        raise TypeError(f'{type(net).__name__} is no HybridBlock, so there is no graph. Use gq.convert')
+    try:
+        out = net(*(mx.sym.var(name) for name in inputs))
+        flat, form = _flatten(out, 'output')
+    except Exception as error:      # any net code may run here, and fail in its own way
+        raise ValueError(f'{type(net).__name__} cannot be traced with the inputs {", ".join(inputs)} '
+                         f'({type(error).__name__}: {error}). Name its inputs with inputs=(...), or use gq.convert'
+                         ) from error
+    graph = Graph.of(mx.sym.Group(flat))
+    known = {parameter.name: parameter for parameter in net.collect_params().values()}
+    parameters = {name: known[name] for name in graph.variables() if name in known}
+    missing = [name for name in graph.variables() if name not in known and name not in inputs]
+    if missing:
+        raise ValueError(f'{missing[0]!r} is neither a Parameter of the net nor one of the inputs {inputs}')
+    paths = {}
+    for path, parameter in net._collect_params_with_prefix().items():
+        paths.setdefault(parameter.name, path)
+    return Source(graph, parameters, inputs, {name: paths[name] for name in parameters}, form,
+                  net.prefix)
+
+
+def _arrays(params):
+    if params is None or isinstance(params, dict):
+        arrays = params
+    else:
+        try:
+            arrays = mx.nd.load(os.fspath(params))
+        except mx.MXNetError as error:
+            raise ValueError(f'{params}: not a file of parameters ({str(error).strip().splitlines()[-1]})') from None
+    return None if arrays is None else {name.split(':', 1)[-1]: _array(name, array) for name, array in arrays.items()}
+
+
+def _array(name, array):
+    if isinstance(array, mx.nd.NDArray):
+        return array
+    if isinstance(array, np.ndarray):
+        return mx.nd.array(array, dtype=array.dtype)
+    raise TypeError(f'params[{name!r}] is a {type(array).__name__}, not an array')
+
+
+def _parameters(graph, arrays, inputs):
+    variables = graph.variables()
+    for name in inputs:
+        if name not in variables:
+            raise ValueError(f'the graph has no input {name!r}.{nearest(name, variables)}')
+    names = [name for name in variables if name not in inputs]
+    if arrays is not None:
+        for name in names:
+            if name not in arrays:
+                reader = graph.readers(variables[name])[0]
+                raise ValueError(f'node {reader.name!r} ({reader.op}) reads {name!r}, for which there is no Parameter.'
+                                 f'{nearest(name, arrays)} If it is passed as data, name it in inputs')
+        check_shapes(graph, {name: arrays[name].shape for name in names})
+    return make_parameters(graph, names, arrays)
+
+
+def check_shapes(graph, shapes):
+    """ValueError, with the name of the node, for a Parameter whose shape its operator does not take."""
+    for node in graph.nodes():
+        for place, expected in enumerate(_expected(node)):
+            source = node.inputs[place].node if place < len(node.inputs) else None
+            found = shapes.get(source.name) if source is not None and source.op == VARIABLE else None
+            if expected is None or found is None:
+                continue
+            if len(found) != len(expected) or any(want not in (0, size) for want, size in zip(expected, found)):
+                wanted = ', '.join(str(size or '?') for size in expected)
+                raise ValueError(f'node {node.name!r} ({node.op}) reads {source.name!r} of shape {tuple(found)}, but '
+                                 f'takes ({wanted})')
+
+
+def _expected(node):
+    """The shape of each input, 0 for sizes and None for shapes that the node's attributes do not tell."""
+    attrs = node.attrs
+    if node.op in ('Convolution', 'Deconvolution'):
+        if attrs.get('layout', 'None') not in ('None', 'NCW', 'NCHW', 'NCDHW'):
+            return []
+        kernel, filters = _sizes(attrs['kernel']), int(attrs['num_filter'])
+        channels = (filters, 0) if node.op == 'Convolution' else (0, filters // int(attrs.get('num_group', 1)))
+        return [None, channels + kernel, (filters,)]
+    if node.op == 'FullyConnected':
+        hidden = int(attrs['num_hidden'])
+        return [None, (hidden, 0), (hidden,)]
+    return []
+
+
+def _sizes(text):
+    return tuple(int(size) for size in text.strip('()[] ').split(',') if size.strip())
