@@ -11,13 +11,13 @@ from .calibrate import calibrate
 from .checkpoint import load, save
 from .config import LayerConfig, QuantizerSpec, Rule
 from .convert import convert
-from .graph import attach
+from .graph import attach, explain
 from .grid import Grid
 from .summary import summary
 from .switches import freeze, freeze_batchnorm, set_mode, set_phase, unfreeze
 
 __version__ = '0.1.0'
 
-__all__ = ['Grid', 'LayerConfig', 'QuantizerSpec', 'Rule', 'attach', 'calibrate', 'convert', 'freeze',
+__all__ = ['Grid', 'LayerConfig', 'QuantizerSpec', 'Rule', 'attach', 'calibrate', 'convert', 'explain', 'freeze',
            'freeze_batchnorm', 'graph', 'layers', 'load', 'observers', 'ops', 'quantizers', 'save', 'set_mode',
            'set_phase', 'summary', 'training', 'unfreeze']

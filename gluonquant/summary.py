@@ -7,6 +7,7 @@ from .graph import GraphNet
 from .graph.net import bound_variable
 from .layers import LAYERS, QuantizedLayer, named_blocks
 from .symbol_graph import QUANTIZE
+from .table import aligned
 from .trace import LAYER_OPS
 
 
@@ -42,15 +43,11 @@ class Summary:
         return sum(row.quantized_bytes for row in self.rows)
 
     def __str__(self):
-        table = [[field.name.replace('_', ' ') for field in fields(Row)]]
-        table += [['' if value is None else 'x'.join(map(str, value)) if isinstance(value, tuple) else str(value)
-                   for value in astuple(row)] for row in self.rows]
-        table.append(['total', '', '', '', '', '', str(self.float_bytes), str(self.quantized_bytes)])
-        widths = [max(map(len, column)) for column in zip(*table)]
-        lines = ['  '.join(cell.rjust(width) if place > 5 else cell.ljust(width)
-                           for place, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in table]
-        rule = '-' * max(map(len, lines))
-        return '\n'.join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        header = [field.name.replace('_', ' ') for field in fields(Row)]
+        rows = [['' if value is None else 'x'.join(map(str, value)) if isinstance(value, tuple) else str(value)
+                 for value in astuple(row)] for row in self.rows]
+        total = ['total', '', '', '', '', '', str(self.float_bytes), str(self.quantized_bytes)]
+        return aligned(header, rows, total, right=(6, 7))
 
 
 def summary(net):

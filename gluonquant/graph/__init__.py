@@ -1,7 +1,8 @@
 """Quantizing graphs: what `convert` cannot see because it happens inside of blocks."""
 from ..symbol_graph import Entry, Graph, Node
 from .attach import OPS, attach
+from .explain import explain
 from .net import Decision, GraphNet
 from .target import TARGETS, Target
 
-__all__ = ['Decision', 'Entry', 'Graph', 'GraphNet', 'Node', 'OPS', 'TARGETS', 'Target', 'attach']
+__all__ = ['Decision', 'Entry', 'Graph', 'GraphNet', 'Node', 'OPS', 'TARGETS', 'Target', 'attach', 'explain']

@@ -87,15 +87,15 @@ def attach(net, bits=4, *, params=None, inputs='data', shapes=None, ops=OPS, tar
         plan.skip_scalars(graph.shapes(**{**_shapes(found), **(shapes or {})}))
     plan.decide()
     if target is None:
-        places, refused = place.place(plan.wishes), {}
+        places, refused, passed = place.place(plan.wishes), {}, {}
     else:
-        places, refused = place.place_for(target, graph, plan.wishes, base.activation)
+        places, refused, passed = place.place_for(target, graph, plan.wishes, base.activation, found.label)
     placed = {**_insert(graph, place.place(plan.weights), 'weight', lambda spec, _: spec, plan.weight_path),
               **_insert(graph, places, 'activation', plan.sign, lambda entry: f'{plan.tensor(entry)}.output_quantizer')}
     if not placed:
         raise ValueError(f'nothing is left to quantize among the {len(plan.nodes)} operators')
-    order = {found.label(node): number for number, node in enumerate(graph.nodes())}
-    decisions = sorted(plan.decisions + _explained(plan, placed, refused), key=lambda decision: order[decision.node])
+    order = {plan.paths.get(node): number for number, node in enumerate(graph.nodes())}
+    decisions = sorted(_explained(plan, placed, refused, passed), key=lambda decision: order[decision.node])
     made = GraphNet(graph, found.parameters, found.inputs, found.paths, found.form, found.scope, decisions)
     for quantizer in quantizers(made, 'weight').values():
         if quantizer.bound is not None and quantizer.bound._data is not None:       # see convert.apply
@@ -170,7 +170,7 @@ class _Plan:
                 config, why = self._config(node, ends)
                 self._wish(node, config, why)
             else:
-                self.decisions.append(Decision(self.label(node), node.op, '', None, reason))
+                self.decisions.append(Decision(self.paths[node], node.op, '', None, reason))
 
     def _ends(self):
         layers = [node for node in self.nodes if node.op in LAYER_OPS]
@@ -221,10 +221,10 @@ class _Plan:
             self._wish_weight(node, config.weight, why)
         for slot, entry in enumerate(data):
             if entry.node not in self.moving:
-                self.decisions.append(Decision(self.label(node), node.op, self.label(entry.node), None,
+                self.decisions.append(Decision(self.paths[node], node.op, self.label(entry.node), None,
                                                'a Parameter, or computed from Parameters only'))
             elif config.activation.method == 'none':
-                self.decisions.append(Decision(self.label(node), node.op, self.label(entry.node), None,
+                self.decisions.append(Decision(self.paths[node], node.op, self.label(entry.node), None,
                                                f"{why}; method 'none'"))
             else:
                 self.wishes.append(place.Wish(entry, config.activation, why, node, slot))
@@ -232,7 +232,7 @@ class _Plan:
     def _wish_weight(self, node, spec, why):
         name = self.label(node.inputs[1].node)
         if spec.method == 'none':
-            self.decisions.append(Decision(self.label(node), node.op, name, None, f"{why}; method 'none'"))
+            self.decisions.append(Decision(self.paths[node], node.op, name, None, f"{why}; method 'none'"))
             return
         if node.op == 'Deconvolution':
             # With groups, axis 1 counts the channels of one group and several output channels share an index.
@@ -270,6 +270,7 @@ def _shapes(found):
 class _Placed(NamedTuple):
     entry: Entry
     spec: QuantizerSpec
+    group: Entry
     path: str
     reason: str
 
@@ -289,26 +290,42 @@ def _insert(graph, places, role, settle, path_of):
         described = {**asdict(spec), 'role': role}
         if role == 'weight':
             described['axis'] = described['options'].pop('axis', 0)
-        for entry, wished, edges, _, reason in group:
+        for entry, wished, edges, found_group, reason in group:
             node = graph.add(QUANTIZE, path, [entry], quantizer=path, spec=json.dumps(described))
             for reader, slot in edges:
                 graph.connect(reader, [*reader.inputs[:slot], Entry(node), *reader.inputs[slot + 1:]])
-                placed[reader, slot] = _Placed(entry, wished, path, reason)
+                placed[reader, slot] = _Placed(entry, wished, found_group, path, reason)
     return placed
 
 
-def _explained(plan, placed, refused):
-    """The decisions about everything that was asked for, or came of it."""
+def _explained(plan, placed, refused, passed):
+    """The decisions about all nodes."""
     own = {(wish.reader, wish.slot): wish for wish in [*plan.weights, *plan.wishes]}
-    found = []
-    for edge, (entry, spec, path, reason) in placed.items():
+    groups = {found.group: found.path for found in placed.values()}
+    found, quantized = [], set()
+
+    def note(reader, entry, path, reason):
+        if path is not None and reader.op not in plan.ops:
+            reason = f'{reader.op} is not among ops, but reads what is stored quantized: {reason}'
+            quantized.add(plan.paths[reader])
+        found.append(Decision(plan.paths[reader], reader.op, plan.tensor(entry), path, reason))
+    for edge, made in placed.items():
+        reason = made.reason
         if edge in own:
-            shared = '' if own[edge].spec == spec else f'; one quantizer for the tensor: {reason}'
+            shared = '' if own[edge].spec == made.spec else f'; one quantizer for the tensor: {reason}'
             reason = own[edge].reason + shared
-        found.append(Decision(plan.label(edge[0]), edge[0].op, plan.tensor(entry), path, reason))
+        note(edge[0], made.entry, made.path, reason)
+    behind = {made.entry: made.path for made in placed.values()}
+    behind.update((entry, groups[group]) for entry, group in passed.items())
     for wish in plan.wishes:
-        if (wish.reader, wish.slot) not in placed:
-            entry = wish.entry._replace(version=0)
-            reason = refused.get(entry, 'it runs on codes as on values: the quantizer stands behind it')
-            found.append(Decision(plan.label(wish.reader), wish.reader.op, plan.tensor(entry), None, reason))
-    return found
+        entry, out = wish.entry._replace(version=0), Entry(wish.reader)
+        if (wish.reader, wish.slot) in placed:
+            continue
+        if entry in refused:
+            note(wish.reader, entry, None, refused[entry])
+        elif entry in passed:
+            note(wish.reader, entry, behind[entry], f'{wish.reason}; {entry.node.op} passes it through')
+        else:
+            note(wish.reader, entry, behind.get(out), f'{wish.reason}; {wish.reader.op} runs on codes as on values, so '
+                 'the quantizer stands behind it')
+    return [decision for decision in plan.decisions if decision.node not in quantized] + found

@@ -40,7 +40,7 @@ def place(wishes):
     return places
 
 
-def place_for(target, graph, wishes, base):
+def place_for(target, graph, wishes, base, label):
     """`place` as ``target`` wants it.
 
     Parameters
@@ -49,32 +49,35 @@ def place_for(target, graph, wishes, base):
     graph : Graph
     wishes : list of Wish
     base : QuantizerSpec, of outputs that are quantized for the target's sake
+    label : callable(node), its name for messages
 
     Returns
     -------
-    (list of Place, dict): the dict says for a tensor {entry: reason} why it gets no quantizer in spite of a wish.
+    (list of Place, dict, dict)
+        The first dict gives the reasons why tensors {entry: reason} get no quantizer in spite of a wish; the second
+        tells which tensors {entry: group} need none because they lie on the grid of a group already.
     """
     nodes = graph.nodes()
     refused = {}
     wishes = [moved for wish in wishes for moved in _moved(target, wish)]
     if target.sums == 'shortcut':
-        wishes = _without_fused_sums(target, graph, wishes, refused)
+        wishes = _without_fused_sums(target, graph, wishes, refused, label)
     if target.outputs:
-        wishes += _outputs(target, graph, wishes, base)
+        wishes += _outputs(target, graph, wishes, base, label)
     region = _regions(target, nodes)
     asked = _by_tensor(wishes)
     settings = {}
     for entry, own in asked.items():
         settings.setdefault(region(entry), []).extend(own)
     settings = {root: _widest(own) for root, own in settings.items()}
-    places, quantized = [], set()
+    places, passed, quantized = [], {}, set()
     for node in nodes:
         carried = _carried(target, node)
         on_grid = bool(carried) and all(entry[:2] in quantized for entry in carried)
         for entry in _read_outputs(graph, node):
             if on_grid:
                 quantized.add(entry[:2])
-                refused.setdefault(entry, f'{node.op} passes the quantizer of {node.inputs[0].node.name!r} through')
+                passed[entry] = region(entry)
             elif entry in asked:
                 quantized.add(entry[:2])
                 spec, why = settings[region(entry)]
@@ -82,7 +85,7 @@ def place_for(target, graph, wishes, base):
                          for slot, other in enumerate(reader.inputs) if other[:2] == entry[:2]]
                 places.append(Place(entry, spec, edges, region(entry), asked[entry][0].reason if
                                     asked[entry][0].spec == spec else why))
-    return places, refused
+    return places, refused, passed
 
 
 def _by_tensor(wishes):
@@ -122,7 +125,7 @@ def _moved(target, wish):
                  'the quantizer stands behind it')]
 
 
-def _without_fused_sums(target, graph, wishes, refused):
+def _without_fused_sums(target, graph, wishes, refused, label):
     order = {node: number for number, node in enumerate(graph.nodes())}
     dropped = set()
     for node in {wish.reader for wish in wishes if wish.reader is not None and wish.reader.op in SUMS}:
@@ -130,8 +133,8 @@ def _without_fused_sums(target, graph, wishes, refused):
         if made:
             fused = max(made, key=lambda entry: order[made[entry]])
             dropped.add((node, fused[:2]))
-            refused[fused] = (f'{target.name} computes the sum {node.name!r} together with {made[fused].name!r}, which '
-                              'makes this input, and only the shortcut is stored')
+            refused[fused] = (f'{target.name} computes the sum {label(node)!r} together with {label(made[fused])!r}, '
+                              'which makes this input, and only the shortcut is stored')
     return [wish for wish in wishes if (wish.reader, wish.entry[:2]) not in dropped]
 
 
@@ -146,7 +149,7 @@ def _layer_before(graph, entry):
     return None
 
 
-def _outputs(target, graph, wishes, base):
+def _outputs(target, graph, wishes, base, label):
     """Wishes for the outputs of operators that wish for inputs, where further integer operators depend on them."""
     integer = {wish.reader for wish in wishes if wish.reader is not None}
     nodes, before = graph.nodes(), set(integer)
@@ -158,13 +161,14 @@ def _outputs(target, graph, wishes, base):
         if node not in integer:
             continue
         entry = Entry(node)
-        while True:
+        while True:     # what the engine does in one go with the operator, or on codes, comes before the quantizer
             readers = graph.readers(entry.node)
-            if len(readers) != 1 or not (readers[0].op == 'BatchNorm' or _is_relu(readers[0])):
+            if len(readers) != 1 or not (readers[0].op == 'BatchNorm' or _is_relu(readers[0])
+                                         or _carried(target, readers[0])):
                 break
             entry = Entry(readers[0])
         if any(reader in before for reader in graph.readers(entry.node)):
-            found.append(Wish(entry, base, f'{target.name} computes {node.name!r} in integers if its output is on a '
+            found.append(Wish(entry, base, f'{target.name} computes {label(node)!r} in integers if its output is on a '
                               'grid'))
     return found
 
