@@ -117,6 +117,7 @@ def _load_graph(path, plan, arrays, net, ctx):
     if isinstance(net, GraphNet):
         if net.settings() != made.settings():
             raise ValueError(f'{path}: was saved from another graph, or with other quantizers')
+        net.take_frozen(made)
         made = net
     _place(made, arrays, ctx)
     return made

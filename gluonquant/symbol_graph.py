@@ -13,7 +13,9 @@ from mxnet.base import _LIB, MXNetError, OpHandle, c_str, check_call
 
 from .registry import nearest
 
-QUANTIZE = 'gluonquant'     # our own operator in a Graph: a quantizer, which becomes MXNet's operators when it runs
+# Our own operators in a Graph become MXNet's when they run: a quantizer, and a layer with its BatchNorm folded into it.
+QUANTIZE, FOLDED = 'gluonquant', 'gluonquant_folded'
+OURS = (QUANTIZE, FOLDED)
 VARIABLE = 'null'           # MXNet's word
 
 
@@ -134,7 +136,7 @@ class Graph:
     def check(self):
         """ValueError, with its name, for a node that MXNet could not run."""
         for node in self.nodes():
-            if node.op in (VARIABLE, QUANTIZE) or node.subgraphs:
+            if node.op in (VARIABLE, *OURS) or node.subgraphs:
                 continue
             inputs, _ = _signature(node)
             if len(node.inputs) != inputs:
@@ -167,10 +169,10 @@ class Graph:
         return Graph.load(self.dump())
 
     def symbol(self):
-        """The Symbol; ValueError if quantizers stand in the graph, which only a net can run."""
+        """The Symbol; ValueError if quantizers or folded layers stand in the graph, which only a net can run."""
         for node in self.nodes():
-            if node.op == QUANTIZE:
-                raise ValueError(f'{node.name!r} is a quantizer: trace the net of the graph instead')
+            if node.op in OURS:
+                raise ValueError(f'{node.name!r} ({node.op}) is no operator of MXNet: trace the net instead')
         return mx.sym.load_json(self.dump())
 
     def nodes(self):
@@ -202,10 +204,43 @@ class Graph:
         return node
 
     def strip(self):
-        """Take the quantizers out."""
+        """Take the quantizers out, and BatchNorm out of the layers that it is folded into."""
+        for node in self.nodes():
+            if node.op == FOLDED:
+                self.unfold(node)
         for node in self.nodes():
             if node.op == QUANTIZE:
                 self.redirect(Entry(node), node.inputs[0])
+
+    def fold(self, layer, norm):
+        """Make one node of a layer and the BatchNorm that reads it, named after the latter; returns it.
+
+        Its inputs are those of the layer, without the quantizer of the weight, which becomes its attribute, and the
+        Parameters of the BatchNorm.
+        """
+        attrs = {'layer': _described(layer), 'norm': _described(norm)}
+        inputs, weight = list(layer.inputs), layer.inputs[1].node
+        if weight.op == QUANTIZE:
+            inputs[1] = weight.inputs[0]
+            attrs.update(weight.attrs)
+        node = Node(FOLDED, norm.name, attrs, [], [])
+        self.connect(node, [*inputs, *norm.inputs[1:]])
+        self.redirect(Entry(norm), Entry(node))
+        return node
+
+    def unfold(self, node):
+        """Undo `fold`; returns the layer and the BatchNorm."""
+        layer, norm = (Node(**json.loads(node.attrs[part]), inputs=[], subgraphs=[]) for part in ('layer', 'norm'))
+        inputs = list(node.inputs)
+        if 'quantizer' in node.attrs:
+            quantizer = Node(QUANTIZE, node.attrs['quantizer'],
+                             {key: node.attrs[key] for key in ('quantizer', 'spec')}, [], [])
+            self.connect(quantizer, [inputs[1]])
+            inputs[1] = Entry(quantizer)
+        self.connect(layer, inputs[:-4])
+        self.connect(norm, [Entry(layer), *inputs[-4:]])
+        self.redirect(Entry(node), Entry(norm))
+        return layer, norm
 
     def free_name(self, name):
         """``name``, numbered if some node is called so; nobody gets it a second time."""
@@ -241,8 +276,14 @@ class Graph:
             if node.op == QUANTIZE:
                 found[node, 0] = found.get(node.inputs[0][:2])
             else:
+                if node.op == FOLDED:
+                    next(remaining)         # the output of the layer in it
                 found.update({(node, index): next(remaining) for index in range(_outputs(node))})
         return {key: shape for key, shape in found.items() if shape}
+
+
+def _described(node):
+    return json.dumps({'op': node.op, 'name': node.name, 'attrs': node.attrs})
 
 
 def same(first, second):
@@ -344,7 +385,7 @@ def _counted(op, attributes):
 
 def _outputs(node):
     """How many outputs a node has."""
-    if node.op in (VARIABLE, QUANTIZE):
+    if node.op in (VARIABLE, *OURS):
         return 1
     return int(node.attrs.get('num_outputs', 1)) if node.subgraphs else _signature(node)[1]
 
@@ -391,7 +432,7 @@ def _check_edges(content):
     made = [Node(node['op'], node['name'], {}, [], []) for node in nodes]
     for node, described in zip(made, nodes):
         node.inputs = [Entry(made[number]) for number, *_ in described['inputs']]
-        if node.op not in (VARIABLE, QUANTIZE):
+        if node.op not in (VARIABLE, *OURS):
             try:
                 operator(node.op)
             except ValueError as error:
@@ -402,7 +443,7 @@ def _check_edges(content):
 def _up_to_date(text):
     """JSON as this MXNet writes it; ours, with quantizers in it, is already."""
     content = json.loads(text)
-    if any(node['op'] == QUANTIZE for node in content['nodes']):
+    if any(node['op'] in OURS for node in content['nodes']):
         return text
     if len({node['name'] for node in content['nodes'] if node['op'] == VARIABLE}) < sum(
             node['op'] == VARIABLE for node in content['nodes']):

@@ -7,8 +7,9 @@ import pytest
 import gluonquant
 
 PACKAGE = Path(gluonquant.__file__).parent
-ORDER = ['registry', 'table', 'grid', 'config', 'ops', 'symbol_graph', 'trace', 'functional', 'observers', 'quantizers',
-         'layers', 'plan', 'fuse', 'convert', 'calibrate', 'graph', 'summary', 'switches', 'training', 'checkpoint']
+ORDER = ['registry', 'table', 'grid', 'config', 'ops', 'symbol_graph', 'trace', 'functional', 'batchnorm', 'observers',
+         'quantizers', 'layers', 'plan', 'fuse', 'convert', 'calibrate', 'graph', 'summary',
+         'switches', 'training', 'checkpoint']
 FILES = sorted(path for path in PACKAGE.rglob('*.py') if path.parent != PACKAGE or path.name != '__init__.py')
 
 

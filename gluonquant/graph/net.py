@@ -5,14 +5,17 @@ from functools import partial
 from typing import NamedTuple, Optional
 
 import mxnet as mx
-from mxnet.gluon import HybridBlock, Parameter
+import numpy as np
+from mxnet.gluon import HybridBlock, Parameter, ParameterDict
 from mxnet.gluon.block import _regroup
 
 from .. import functional as Q
 from .. import quantizers
+from ..batchnorm import Layer, folded, folded_weight, pairs, parts
 from ..fuse import FusedGraph
-from ..symbol_graph import QUANTIZE, VARIABLE, Graph, ancestors, evaluate, invoke
+from ..symbol_graph import FOLDED, QUANTIZE, VARIABLE, Entry, Graph, Node, ancestors, evaluate, invoke
 from ..trace import LAYER_OPS
+from .fold import merge
 
 
 class Decision(NamedTuple):
@@ -64,15 +67,17 @@ class GraphNet(FusedGraph, HybridBlock):
             self.params.update({parameter.name: parameter})
             self._reg_params[self.paths[name]] = parameter
         for node in graph.nodes():
-            if node.op == QUANTIZE and node.attrs['quantizer'] not in self._children:
+            if 'quantizer' in node.attrs:
                 self._add_quantizer(node)
 
     def _add_quantizer(self, node):
+        if node.attrs['quantizer'] in self._children:
+            return
         path, spec = node.attrs['quantizer'], json.loads(node.attrs['spec'])
         method, bits, options = spec.pop('method'), spec.pop('bits'), spec.pop('options')
         prefix, bound = path.replace('.', '_') + '_', None
         if spec['role'] == 'weight':
-            bound = self.parameter(bound_variable(node.inputs[0]))
+            bound = self.parameter(bound_variable(node.inputs[node.op == FOLDED]))
             options['shape'] = tuple(max(size, 0) for size in bound.shape or ()) or None
             prefix = f'{bound.name}_quantizer_'
         try:
@@ -81,13 +86,27 @@ class GraphNet(FusedGraph, HybridBlock):
             raise type(error)(f'{path}: {error}. Change it by a rule, or keep what reads it float with '
                               'exclude') from None
         if bound is not None:
-            computed = node.inputs[0].node.op != VARIABLE
-            quantizer.bind(bound, partial(self.compute, node.inputs[0]) if computed else None)
+            self._bind(node, quantizer, bound)
         like = next(iter(self.params.values()), None) if bound is None else bound
         for parameter in quantizer.params.values():
             parameter.like = like
         quantizer.nested, quantizer.where = True, path
         self.register_child(quantizer, path)
+
+    def _bind(self, node, quantizer, parameter):
+        """Tell a quantizer of weights how the tensor in front of it comes from the Parameter."""
+        if node.op == FOLDED:
+            quantizer.bind(parameter, partial(self._folded_weight, node))
+        elif node.inputs[0].node.op == VARIABLE:
+            quantizer.bind(parameter)
+        else:
+            quantizer.bind(parameter, partial(self.compute, node.inputs[0]))
+
+    def _folded_weight(self, node):
+        values = [self.parameter(entry.node.name).data() for entry in [node.inputs[1], *node.inputs[-4:]]]
+        op, attrs, settings = parts(node)
+        with mx.autograd.pause():
+            return folded_weight(mx.nd, Layer.of(op, attrs), settings, *values[:2], values[-1])
 
     def parameter(self, name):
         """The Parameter of a variable."""
@@ -96,6 +115,8 @@ class GraphNet(FusedGraph, HybridBlock):
     def quantizer(self, entry):
         """The quantizer that a tensor is the output of, or None."""
         node = entry.node
+        if node.op == 'broadcast_mul' and node.inputs[0].node.op == QUANTIZE:   # merged BatchNorm
+            node = node.inputs[0].node
         return self._children[node.attrs['quantizer']] if node.op == QUANTIZE else None
 
     def label(self, node):
@@ -132,28 +153,118 @@ class GraphNet(FusedGraph, HybridBlock):
             for node in graph.nodes():
                 if node.op == 'BatchNorm':
                     node.attrs['use_global_stats'] = str(bool(frozen))
+                elif node.op == FOLDED:
+                    norm = json.loads(node.attrs['norm'])
+                    norm['attrs']['use_global_stats'] = str(bool(frozen))
+                    node.attrs['norm'] = json.dumps(norm)
+
+    def fold_batchnorm(self):
+        """Fold each BatchNorm into the layer before it, for training; {node: what became of it}, in sentences."""
+        found, refused = pairs(self.graph)
+        with self.rewriting() as graph:
+            for layer, norm in found:
+                node = graph.fold(layer, norm)
+                if 'quantizer' in node.attrs:
+                    quantizer = self._children[node.attrs['quantizer']]
+                    self._bind(node, quantizer, quantizer.bound)
+                    quantizer.renew()
+        return {**{norm.name: f'folded into {layer.name!r}' for layer, norm in found},
+                **{norm.name: f'stays: {reason}' for norm, reason in refused.items()}}
+
+    def merge_batchnorm(self):
+        """Merge each BatchNorm into new Parameters; {node: what became of it}, in sentences."""
+        for parameter in self.collect_params().values():
+            if parameter._data is None:
+                raise RuntimeError(f'Parameter {parameter.name!r} has no value yet: run one batch through the net, or '
+                                   'load its Parameters')
+        with self.rewriting() as graph:
+            arrays, told = merge(graph, {name: self.parameter(name)._reduce() for name in self.paths})
+            self._take(arrays)
+            for node in graph.nodes():
+                if node.op == QUANTIZE and node.inputs[0].node.name in arrays:
+                    self._bind(node, self.quantizer(Entry(node)), self.parameter(node.inputs[0].node.name))
+        return told
+
+    def _take(self, arrays):
+        """Give the variables in ``arrays`` Parameters of their own, and forget those that nothing reads any more."""
+        contexts = next(iter(self.params.values())).list_ctx()
+        variables = self.graph.variables()
+        for name, parameter in make_parameters(self.graph, arrays, {name: mx.nd.array(array) for name, array in
+                                                                    arrays.items()}).items():
+            parameter.reset_ctx(contexts)
+            path = self.paths.get(name) or self._new_path(variables[name])
+            self.paths[name], self._reg_params[path] = path, parameter
+        self.paths = {name: path for name, path in self.paths.items() if name in variables}
+        self._variables = {path: name for name, path in self.paths.items()}
+        self._reg_params = {path: self._reg_params[path] for path in self._variables}
+        self._params = ParameterDict('')
+        for parameter in self._reg_params.values():
+            self._params.update({parameter.name: parameter})
+
+    def _new_path(self, variable):
+        """Where a new Parameter stands: beside the weight of the layer that reads it, if that has a path."""
+        reader = self.graph.readers(variable)[0]
+        path = layer_path(reader, self.paths)
+        is_bias = path and len(reader.inputs) > 2 and reader.inputs[2].node is variable
+        return f'{path}.bias' if is_bias else variable.name
 
     def _run(self, F, node, inputs):
         if node.op == QUANTIZE:
             return self._children[node.attrs['quantizer']](*inputs)
         if node.op == self.graph.heads.op:
             return inputs
+        if node.op == FOLDED:
+            return self._run_folded(F, node, inputs)
         if node.op == 'Deconvolution' and node.inputs[1].node.op != VARIABLE:
             return Q.computed_deconvolution(F, lambda *tensors: invoke(F, node, tensors), *inputs)
         return invoke(F, node, inputs)
+
+    def _run_folded(self, F, node, inputs):
+        op, attrs, settings = parts(node)
+        path = node.attrs.get('quantizer')
+        quantize = self._children[path] if path else lambda weight: weight
+
+        def run(*tensors):
+            layer = Node(op, node.name, {**attrs, 'no_bias': str(tensors[-1] is None)}, [], [])
+            given = [tensor for tensor in tensors if tensor is not None]
+            if op == 'Deconvolution':
+                return Q.computed_deconvolution(F, lambda *wide: invoke(F, layer, wide), *given)
+            return invoke(F, layer, given)
+        x, weight, *bias = inputs[:-4]
+        return folded(F, run, quantize, Layer.of(op, attrs), settings, x, weight, *(bias or [None]), *inputs[-4:])
 
     def settings(self):
         """What tells this net from others: operators, edges, attributes, quantizers; not the names of nodes."""
         nodes = self.graph.nodes()
         number = {node: place for place, node in enumerate(nodes)}
-        return [(node.op, self.paths.get(node.name) if node.op == VARIABLE else
-                 {key: value for key, value in node.parameters.items() if key != 'use_global_stats'},
-                 [(number[entry.node], entry.index) for entry in node.inputs]) for node in nodes]
+        found = []
+        for node in nodes:
+            about = {key: value for key, value in node.parameters.items() if key != 'use_global_stats'}
+            if node.op == VARIABLE:
+                about = self.paths.get(node.name)
+            elif node.op == FOLDED:
+                op, attrs, settings = parts(node)
+                about = op, attrs, settings._replace(frozen=None), node.attrs.get('spec')
+            found.append((node.op, about, [(number[entry.node], entry.index) for entry in node.inputs]))
+        return found
+
+    def take_frozen(self, other):
+        """Freeze those BatchNorms that are frozen in an equal net."""
+        with self.rewriting() as graph:
+            for mine, theirs in zip(graph.nodes(), other.graph.nodes()):
+                if mine.op in ('BatchNorm', FOLDED):
+                    mine.attrs = theirs.attrs
 
     def describe(self):
         """Plain values, for JSON, from which `from_description` makes an equal net, but for Parameters' values."""
-        return {'graph': self.graph.dump(), 'inputs': self.inputs, 'paths': self.paths, 'form': self.form,
-                'scope': self.scope, 'decisions': self.decisions}
+        return {'graph': self.graph.dump(), 'inputs': self.inputs, 'form': self.form, 'scope': self.scope,
+                'decisions': self.decisions,
+                'parameters': {name: {'path': path, 'shape': self.parameter(name).shape,
+                                      'dtype': np.dtype(self.parameter(name).dtype).name,
+                                      'grad_req': self.parameter(name).grad_req,
+                                      'lr_mult': self.parameter(name).lr_mult,
+                                      'wd_mult': self.parameter(name).wd_mult}
+                               for name, path in self.paths.items()}}
 
     @classmethod
     def from_description(cls, values, parameters=None):
@@ -164,14 +275,16 @@ class GraphNet(FusedGraph, HybridBlock):
         parameters : dict, {path: Parameter}, optional
             Those of another net, to be shared; default: new ones. ValueError names one that is missing.
         """
-        graph, paths = Graph.read(values['graph']), values['paths']
-        if parameters is None:
-            own = make_parameters(graph, paths)
-        else:
-            for path in paths.values():
-                if path not in parameters:
-                    raise ValueError(f'Parameter {path!r} of the graph is missing in the net')
-            own = {name: parameters[path] for name, path in paths.items()}
+        own, paths = {}, {}
+        for name, about in values['parameters'].items():
+            path = paths[name] = about.pop('path')
+            if parameters is None:
+                own[name] = Parameter(name, allow_deferred_init=True, **about)
+            elif path in parameters:
+                own[name] = parameters[path]
+            else:
+                raise ValueError(f'Parameter {path!r} of the graph is missing in the net')
+        graph = Graph.read(values['graph'])
         return cls(graph, own, values['inputs'], paths, values['form'], values['scope'],
                    [Decision(*decision) for decision in values['decisions']])
 
@@ -194,7 +307,7 @@ def short_name(node, scope):
 
 def layer_path(node, paths):
     """The path of the layer whose weight ``node`` reads; None if it reads none that is known by a path."""
-    if node.op not in LAYER_OPS or len(node.inputs) < 2:
+    if node.op not in (*LAYER_OPS, FOLDED) or len(node.inputs) < 2:
         return None
     path = paths.get(bound_variable(node.inputs[1]), '')
     return path[:-len('.weight')] if path.endswith('.weight') else None
@@ -208,6 +321,9 @@ def bound_variable(entry):
 
 
 def _restore(description, parameters, state, hybrid):
+    for parameter in parameters.values():
+        if parameter._data is not None and parameter.grad_req != 'null':
+            parameter._init_grad()      # copies of Parameters do not know their gradients
     net = GraphNet.from_description(description, parameters)
     for path, values in state.items():
         net._children[path].write(**values)

@@ -278,6 +278,11 @@ class Quantizer(Fusable, HybridBlock):
         read = self._bound[1]
         return self.bound.data() if read is None else read()
 
+    def renew(self):
+        """Set the ranges anew from the bound weight, if they had been set: what stands in front of it has changed."""
+        if self.marker is not None and self.source is not None and (self.value(self.marker) > 0).all():
+            self.init_from(self.source)
+
     def init_from(self, x):
         """Set every range from data.
 

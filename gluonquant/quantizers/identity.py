@@ -35,6 +35,9 @@ class Identity(HybridBlock):
     def require_range(self):
         """Nothing is required."""
 
+    def renew(self):
+        """Nothing to set."""
+
     def freeze(self):
         """Nothing to freeze."""
 
