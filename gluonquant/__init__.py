@@ -11,13 +11,15 @@ from .calibrate import calibrate
 from .checkpoint import load, save
 from .config import LayerConfig, QuantizerSpec, Rule
 from .convert import convert
+from .fold import fold
 from .graph import attach, explain
 from .grid import Grid
+from .reestimate import reestimate_batchnorm
 from .summary import summary
 from .switches import freeze, freeze_batchnorm, set_mode, set_phase, unfreeze
 
 __version__ = '0.1.0'
 
-__all__ = ['Grid', 'LayerConfig', 'QuantizerSpec', 'Rule', 'attach', 'calibrate', 'convert', 'explain', 'freeze',
-           'freeze_batchnorm', 'graph', 'layers', 'load', 'observers', 'ops', 'quantizers', 'save', 'set_mode',
-           'set_phase', 'summary', 'training', 'unfreeze']
+__all__ = ['Grid', 'LayerConfig', 'QuantizerSpec', 'Rule', 'attach', 'calibrate', 'convert', 'explain', 'fold',
+           'freeze', 'freeze_batchnorm', 'graph', 'layers', 'load', 'observers', 'ops', 'quantizers',
+           'reestimate_batchnorm', 'save', 'set_mode', 'set_phase', 'summary', 'training', 'unfreeze']

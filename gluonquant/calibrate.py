@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from itertools import islice
 
 from mxnet import autograd, nd
-from mxnet.gluon import HybridBlock
 
 from . import observers
-from .layers import layers, named_blocks, quantizers
+from .layers import layers, quantizers, unhybridized
 from .registry import nearest
 
 _OUTPUT = '.output_quantizer'
@@ -61,14 +60,14 @@ def calibrate(net, loader, batches=10, *, observer=None, table=None, forward=Non
     watched = {inputs[path]: (path, seen) for path, seen in watching.items() if path not in fixed}
     shown = {}      # what each quantizer has been shown of the present batch
     count = 0
-    with _observing(net, watched, shown), autograd.pause(train_mode=False):
+    with unhybridized(net), _observing(net, watched, shown), autograd.pause(train_mode=False):
         for batch in islice(loader, batches):
             count += 1
             shown.clear()
             if forward is not None:
                 forward(net, batch)
             else:
-                net(_tensor(batch, net))
+                net(batch_tensor(batch, net))
     if not count:
         raise ValueError('the loader gave no batch: nothing to calibrate with')
 
@@ -132,20 +131,15 @@ def _range(path, value, signed):
 
 @contextmanager
 def _observing(net, watched, shown):
-    """Replace every quantizer by one that only looks; unhybridize; undo both on the way out."""
-    hybrid = [block for _, block in named_blocks(net) if isinstance(block, HybridBlock) and block._active]
+    """Replace every quantizer by one that only looks; undone on the way out."""
     everything = list(quantizers(net).values())
     try:
-        for block in hybrid:
-            block._active = False
         for quantizer in everything:
             quantizer.forward = _look(quantizer, *watched.get(quantizer, (None, None)), shown)
         yield
     finally:
         for quantizer in everything:
             del quantizer.forward
-        for block in hybrid:
-            block._active = True
 
 
 def _look(quantizer, path, observer, shown):
@@ -167,7 +161,8 @@ def _look(quantizer, path, observer, shown):
     return forward
 
 
-def _tensor(batch, net):
+def batch_tensor(batch, net):
+    """The tensor of a batch, where the net's Parameters are."""
     data = getattr(batch, 'data', batch) if not isinstance(batch, nd.NDArray) else batch
     while isinstance(data, (list, tuple)):
         data = data[0]

@@ -87,6 +87,11 @@ class LayerConfig:
         Quantize the gradient of the layer's output (DoReFa, third part).
     input_uses : int
         How often the layer reads that one tensor in a forward pass.
+    batchnorm : str, optional
+        Path of the BatchNorm that `fold` put into the layer.
+    fold : 'folded', 'merged' or 'scaled', optional
+        What became of it: computed with the layer; part of weight and bias; part of the bias and of a factor behind the
+        weight quantizer.
     shares_input_with : str, optional
         Path of the layer whose input quantizer this one uses, because both read the same tensor.
     """
@@ -95,6 +100,8 @@ class LayerConfig:
     gradient_bits: Optional[int] = None
     shares_input_with: Optional[str] = None
     input_uses: int = 1
+    batchnorm: Optional[str] = None
+    fold: Optional[str] = None
 
     def to_dict(self):
         """Plain values, for JSON."""

@@ -8,7 +8,7 @@ from mxnet.gluon import Block, HybridBlock
 from . import fuse, quantizers
 from .config import Rule, matches
 from .grid import check_bits
-from .layers import LAYERS, QuantizedLayer, SharedInput, named_blocks
+from .layers import LAYERS, FoldedBatchNorm, QuantizedLayer, SharedInput, fold_layer, named_blocks
 from .plan import base_config, check_patterns, end_config, settle_sign, start
 from .trace import Reading, trace
 
@@ -113,6 +113,8 @@ def apply(net, plan):
             layer.weight.reset_ctx(layer.weight.list_ctx())
         weight_quantizer.nested = input_quantizer.nested = True
         LAYERS[type(layer)].from_float(layer, plan[path], weight_quantizer, input_quantizer)
+        if plan[path].batchnorm is not None:
+            fold_layer(layer, blocks[plan[path].batchnorm], plan[path].fold)
     for owner in plan:
         readers = [path for path in plan if owner in (path, plan[path].shares_input_with)]
         uses = {path: plan[path].input_uses for path in readers}
@@ -128,7 +130,7 @@ def undo(net):
     """Make every quantized layer of ``net`` float again."""
     fuse.uninstall(net)
     for _, block in named_blocks(net):
-        if isinstance(block, QuantizedLayer):
+        if isinstance(block, (QuantizedLayer, FoldedBatchNorm)):
             block.to_float()
     clear_caches(net)
 

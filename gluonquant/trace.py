@@ -35,13 +35,11 @@ def trace(net):
 
     Only blocks whose ``hybrid_forward`` accepts symbols can be traced; shapes are not needed.
     """
-    try:
-        out = net(mx.sym.var('data'))
-    except Exception as error:      # any net code may run here, and fail in its own way: then nothing is known
-        _log.info('%s cannot be traced (%s: %s): its inputs count as signed, its layers as ordered by registration',
-                  type(net).__name__, type(error).__name__, error)
+    graph, error = traced(net)
+    if graph is None:
+        _log.info('%s cannot be traced (%s): its inputs count as signed, its layers as ordered by registration',
+                  type(net).__name__, error)
         return {}
-    graph = Graph.of(_group(out))
     positive = nonnegative(graph)
     found = {}
     for node in graph.nodes():
@@ -55,6 +53,14 @@ def trace(net):
                                   before.nonnegative and reading.nonnegative, before.uses + 1)
             found[name] = reading
     return found
+
+
+def traced(net):
+    """(Graph, None) of a net with one input, or (None, why it cannot be traced)."""
+    try:
+        return Graph.of(_group(net(mx.sym.var('data')))), None
+    except Exception as error:      # any net code may run here, and fail in its own way: then nothing is known
+        return None, f'{type(error).__name__}: {error}'
 
 
 def _group(out):

@@ -9,7 +9,7 @@ import gluonquant
 PACKAGE = Path(gluonquant.__file__).parent
 ORDER = ['registry', 'table', 'grid', 'config', 'ops', 'symbol_graph', 'trace', 'functional', 'batchnorm', 'observers',
          'quantizers', 'layers', 'plan', 'fuse', 'convert', 'calibrate', 'graph', 'summary',
-         'switches', 'training', 'checkpoint']
+         'fold', 'switches', 'reestimate', 'training', 'checkpoint']
 FILES = sorted(path for path in PACKAGE.rglob('*.py') if path.parent != PACKAGE or path.name != '__init__.py')
 
 

@@ -2,8 +2,9 @@
 from .base import LAYERS, QuantizedLayer, SharedInput, quantizes
 from .conv import QConv1D, QConv2D, QConv2DTranspose, QConv3D
 from .dense import QDense
-from .walk import layers, named_blocks, quantizers
+from .norm import FoldedBatchNorm, fold_layer
+from .walk import layers, named_blocks, quantizers, unhybridized
 
-__all__ = ['LAYERS', 'QConv1D', 'QConv2D', 'QConv2DTranspose', 'QConv3D', 'QDense', 'QuantizedLayer',
-           'SharedInput', 'layers',
-           'named_blocks', 'quantizers', 'quantizes']
+__all__ = ['FoldedBatchNorm', 'LAYERS', 'QConv1D', 'QConv2D', 'QConv2DTranspose', 'QConv3D', 'QDense', 'QuantizedLayer',
+           'SharedInput', 'fold_layer',
+           'layers', 'named_blocks', 'quantizers', 'quantizes', 'unhybridized']

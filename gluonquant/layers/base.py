@@ -1,5 +1,11 @@
 """The difference between a float layer and its quantized version."""
+from functools import partial
+
+from mxnet import nd
+
 from .. import functional as Q
+from ..batchnorm import Layer, Settings, folded, folded_weight
+from .norm import remove_constants
 
 LAYERS = {}     # float class -> quantized class
 
@@ -53,6 +59,8 @@ class QuantizedLayer:
     """
     weight_axis = 0         # the output channels of the weight
     _shared = None
+    _norm = None            # the BatchNorm that is folded into the layer; no child of it
+    weight_factor = None    # one number per channel behind the weight quantizer, where a BatchNorm was merged
 
     @classmethod
     def from_float(cls, layer, config, weight_quantizer, input_quantizer):
@@ -80,6 +88,9 @@ class QuantizedLayer:
         """Undo `from_float`; returns the layer."""
         for name in ('weight_quantizer', 'input_quantizer'):
             del self._children[name]
+        if self._norm is not None:
+            self.unfold()
+        remove_constants(self)
         for name in ('weight_quantizer', 'input_quantizer', 'config', '_shared'):
             self.__dict__.pop(name, None)
         self.__class__ = self.float_class
@@ -97,8 +108,17 @@ class QuantizedLayer:
         shared, name = self._shared
         return shared(self.input_quantizer, x, name)
 
-    def hybrid_forward(self, F, x, weight, bias=None):
-        out = self.float_forward(F, self.quantized_input(x), self.weight_quantizer(weight), bias)
+    def hybrid_forward(self, F, x, weight, bias=None, weight_factor=None):
+        x = self.quantized_input(x)
+        if self._norm is not None:
+            values = self._norm.values(F, x)
+            out = folded(F, partial(self.linear, F), self.weight_quantizer, self.geometry,
+                         Settings.of(self._norm._kwargs), x, weight, bias, *values)
+        else:
+            weight = self.weight_quantizer(weight)
+            if weight_factor is not None:
+                weight = F.broadcast_mul(weight, weight_factor)
+            out = self.float_forward(F, x, weight, bias)
         if self.config.gradient_bits is not None:
             out = Q.quantize_gradient(F, out, self.config.gradient_bits)
         return out
@@ -106,6 +126,34 @@ class QuantizedLayer:
     def float_forward(self, F, x, weight, bias):
         """What the float layer does."""
         return super().hybrid_forward(F, x, weight, bias)
+
+    def linear(self, F, x, weight, bias):
+        """The layer's operator alone, with a bias or None."""
+        raise NotImplementedError
+
+    @property
+    def geometry(self):
+        """The `Layer` of the layer's operator."""
+        return Layer.of(self.operator, getattr(self, '_kwargs', {}))
+
+    def fold(self, norm):
+        """Take in ``norm``, a `FoldedBatchNorm`: see `gluonquant.fold`."""
+        self.__dict__['_norm'] = norm
+        self.params.update({parameter.name: parameter for parameter in norm._reg_params.values()})
+        self.weight_quantizer.bind(self.weight, self.folded_weight)
+
+    def unfold(self):
+        """Undo `fold`."""
+        for parameter in self._norm._reg_params.values():
+            del self.params._params[parameter.name]
+        del self.__dict__['_norm']
+        self.weight_quantizer.bind(self.weight)
+
+    def folded_weight(self):
+        """k w, an array."""
+        norm = self._norm
+        return folded_weight(nd, self.geometry, Settings.of(norm._kwargs), self.weight.data(), norm.gamma.data(),
+                             norm.running_var.data())
 
     @classmethod
     def per_channel_supported(cls, layer):

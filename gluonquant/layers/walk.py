@@ -1,4 +1,8 @@
 """Finding blocks in a net by their path."""
+from contextlib import contextmanager
+
+from mxnet.gluon import HybridBlock
+
 from ..quantizers import Identity, Quantizer
 from .base import QuantizedLayer
 
@@ -15,6 +19,19 @@ def named_blocks(net):
         for name, child in block._children.items():
             yield from walk(f'{path}.{name}' if path else name, child)
     yield from walk('', net)
+
+
+@contextmanager
+def unhybridized(net):
+    """Run block by block for a while."""
+    hybrid = [block for _, block in named_blocks(net) if isinstance(block, HybridBlock) and block._active]
+    try:
+        for block in hybrid:
+            block._active = False
+        yield
+    finally:
+        for block in hybrid:
+            block._active = True
 
 
 def layers(net):
