@@ -3,12 +3,15 @@ import math
 from dataclasses import astuple, dataclass, fields
 from typing import Optional, Tuple
 
+from .batchnorm import parts
 from .graph import GraphNet
 from .graph.net import bound_variable
 from .layers import LAYERS, QuantizedLayer, named_blocks
-from .symbol_graph import QUANTIZE
+from .symbol_graph import FOLDED
 from .table import aligned
 from .trace import LAYER_OPS
+
+_LAYERS = (*LAYER_OPS, FOLDED)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def summary(net):
     for path, block in named_blocks(net):
         if isinstance(block, GraphNet):
             rows += [_node_row(block, node) for node in block.graph.nodes()
-                     if node.op in LAYER_OPS or any(entry.node.op == QUANTIZE for entry in node.inputs)]
+                     if node.op in _LAYERS or any(block.quantizers_of(node)[0])]
         elif isinstance(block, QuantizedLayer) or type(block) in LAYERS:
             rows.append(_row(path, block))
     return Summary(tuple(rows))
@@ -86,18 +89,17 @@ def _row(path, layer):
 
 def _node_row(net, node):
     """A node of an attached net that has a weight, or of whose inputs some are quantized."""
-    own = [net.quantizer(entry) for entry in node.inputs]
-    weight = None
-    if node.op in LAYER_OPS:
-        weight, own = own[1], own[:1]
-    shape = net.parameter(bound_variable(node.inputs[1])).shape if node.op in LAYER_OPS else None
+    own, weight = net.quantizers_of(node)
+    layer = node.op in _LAYERS
+    shape = net.parameter(bound_variable(node.inputs[1])).shape if layer else None
     shape = shape if shape and all(shape) else None
     size = 4 * math.prod(shape) if shape else 0
-    parts = [part for part in [*own, weight] if part is not None]
-    calibrated = ('yes' if all(part.calibrated for part in parts) else 'no') if parts else ''
+    present = [part for part in [*own, weight] if part is not None]
+    calibrated = ('yes' if all(part.calibrated for part in present) else 'no') if present else ''
     source = ', '.join(dict.fromkeys('float' if part is None else _describe(part) for part in own))
-    described = '' if node.op not in LAYER_OPS else 'float' if weight is None else _describe(weight)
-    return Row(net.label(node), node.op, shape, source, described, calibrated, size,
+    described = '' if not layer else 'float' if weight is None else _describe(weight)
+    kind = f'{parts(node)[0]} with BatchNorm' if node.op == FOLDED else node.op
+    return Row(net.label(node), kind, shape, source, described, calibrated, size,
                size if weight is None else _packed(weight, shape, size))
 
 

@@ -60,6 +60,8 @@ def parse_args(argv=None):
     add('--first-last-bits', type=int, default=8, help='bits of the first and the last layer')
     add('--graph', action='store_true', help='quantize the traced graph: inputs of sums, poolings and concats too')
     add('--target', choices=sorted(gq.graph.TARGETS), help='with --graph, where this engine wants quantizers')
+    add('--fold', choices=['frozen', 'batch'], help='fold BatchNorm into the weights that are quantized, with running '
+        'statistics or with those of the batch')
     add('--calibration-batches', type=int, default=10, help='training batches that set the initial ranges')
 
     add = parser.add_argument_group('fine-tuning').add_argument
@@ -141,6 +143,8 @@ def quantize(net, loaders, args):
             net = gq.attach(net, args.bits, target=args.target, **options)
         else:
             gq.convert(net, args.bits, **options)
+        if args.fold:
+            gq.fold(net, args.fold)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     gq.calibrate(net, loaders.calibration, batches=args.calibration_batches)

@@ -3,6 +3,7 @@ from ..symbol_graph import Entry, Graph, Node
 from .attach import OPS, attach
 from .explain import explain
 from .net import Decision, GraphNet
+from .source import as_graph
 from .target import TARGETS, Target
 
-__all__ = ['Decision', 'Entry', 'Graph', 'GraphNet', 'Node', 'OPS', 'TARGETS', 'Target', 'attach', 'explain']
+__all__ = ['Decision', 'Entry', 'Graph', 'GraphNet', 'Node', 'OPS', 'TARGETS', 'Target', 'as_graph', 'attach', 'explain']

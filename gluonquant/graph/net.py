@@ -119,6 +119,13 @@ class GraphNet(FusedGraph, HybridBlock):
             node = node.inputs[0].node
         return self._children[node.attrs['quantizer']] if node.op == QUANTIZE else None
 
+    def quantizers_of(self, node):
+        """(quantizers of the inputs, None for float ones; quantizer of the weight, or None) of an operator."""
+        if node.op == FOLDED:
+            return [self.quantizer(node.inputs[0])], self._children.get(node.attrs.get('quantizer'))
+        found = [self.quantizer(entry) for entry in node.inputs]
+        return (found[:1], found[1]) if node.op in LAYER_OPS else (found, None)
+
     def label(self, node):
         """The name of a node as users read it: the path of the layer whose weight it reads, or its short name."""
         return layer_path(node, self.paths) or short_name(node, self.scope)
@@ -159,7 +166,7 @@ class GraphNet(FusedGraph, HybridBlock):
                     node.attrs['norm'] = json.dumps(norm)
 
     def fold_batchnorm(self):
-        """Fold each BatchNorm into the layer before it, for training; {node: what became of it}, in sentences."""
+        """Fold each BatchNorm into the layer before it, for training; returns what became of each, {node: sentence}."""
         found, refused = pairs(self.graph)
         with self.rewriting() as graph:
             for layer, norm in found:
@@ -168,11 +175,11 @@ class GraphNet(FusedGraph, HybridBlock):
                     quantizer = self._children[node.attrs['quantizer']]
                     self._bind(node, quantizer, quantizer.bound)
                     quantizer.renew()
-        return {**{norm.name: f'folded into {layer.name!r}' for layer, norm in found},
-                **{norm.name: f'stays: {reason}' for norm, reason in refused.items()}}
+        return self._told({**{norm.name: f'folded into {layer.name!r}' for layer, norm in found},
+                           **{norm.name: f'stays: {reason}' for norm, reason in refused.items()}})
 
     def merge_batchnorm(self):
-        """Merge each BatchNorm into new Parameters; {node: what became of it}, in sentences."""
+        """Merge each BatchNorm into new Parameters; returns what became of each, {node: sentence}."""
         for parameter in self.collect_params().values():
             if parameter._data is None:
                 raise RuntimeError(f'Parameter {parameter.name!r} has no value yet: run one batch through the net, or '
@@ -183,6 +190,14 @@ class GraphNet(FusedGraph, HybridBlock):
             for node in graph.nodes():
                 if node.op == QUANTIZE and node.inputs[0].node.name in arrays:
                     self._bind(node, self.quantizer(Entry(node)), self.parameter(node.inputs[0].node.name))
+        return self._told(told)
+
+    def _told(self, told):
+        """Note in the decisions what became of each BatchNorm; returns it by short name."""
+        told = {name.replace(self.scope, '', 1): sentence.replace(self.scope, '') for name, sentence in told.items()}
+        rows = {name: Decision(name, 'BatchNorm', '', None, sentence) for name, sentence in told.items()}
+        self.decisions = [rows.pop(row.node, row) if row.op == 'BatchNorm' else row for row in self.decisions]
+        self.decisions += rows.values()
         return told
 
     def _take(self, arrays):

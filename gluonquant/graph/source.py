@@ -10,7 +10,7 @@ from mxnet.gluon.block import _flatten
 
 from ..layers import layers
 from ..registry import nearest
-from ..symbol_graph import VARIABLE, Graph
+from ..symbol_graph import FOLDED, VARIABLE, Graph
 from .net import GraphNet, layer_path, make_parameters, short_name
 
 
@@ -74,9 +74,20 @@ def read(net, params=None, inputs='data'):
     return Source(graph, _parameters(graph, arrays, inputs), inputs, {})
 
 
+def as_graph(net, params=None, inputs='data'):
+    """A float net as a `GraphNet`, which `gluonquant.fold` merges, `draw` draws and `attach` quantizes.
+
+    For symbols and their files, which are no blocks. Arguments and errors as for `read`.
+    """
+    found = read(net, params, inputs)
+    return GraphNet(found.graph, found.parameters, found.inputs, found.paths, found.form, found.scope)
+
+
 def _again(net):
-    if net.decisions:
+    if net._children:
         raise RuntimeError('quantizers are attached already: attach to the float net instead')
+    if any(node.op == FOLDED for node in net.graph.nodes()):
+        raise RuntimeError('BatchNorm is folded already: attach first, then fold')
     return Source(net.graph.copy(), {name: net.parameter(name) for name in net.paths}, net.inputs, net.paths, net.form,
                   net.scope)
 
