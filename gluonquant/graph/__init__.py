@@ -6,4 +6,5 @@ from .net import Decision, GraphNet
 from .source import as_graph
 from .target import TARGETS, Target
 
-__all__ = ['Decision', 'Entry', 'Graph', 'GraphNet', 'Node', 'OPS', 'TARGETS', 'Target', 'as_graph', 'attach', 'explain']
+__all__ = ['Decision', 'Entry', 'Graph', 'GraphNet', 'Node', 'OPS', 'TARGETS', 'Target', 'as_graph', 'attach',
+           'explain']

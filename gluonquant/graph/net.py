@@ -292,9 +292,10 @@ class GraphNet(FusedGraph, HybridBlock):
         """
         own, paths = {}, {}
         for name, about in values['parameters'].items():
-            path = paths[name] = about.pop('path')
+            path = paths[name] = about['path']
             if parameters is None:
-                own[name] = Parameter(name, allow_deferred_init=True, **about)
+                settings = {key: value for key, value in about.items() if key != 'path'}
+                own[name] = Parameter(name, allow_deferred_init=True, **settings)
             elif path in parameters:
                 own[name] = parameters[path]
             else:
