@@ -5,7 +5,7 @@ from typing import Optional, Tuple
 
 from .batchnorm import parts
 from .graph import GraphNet
-from .graph.net import bound_variable
+from .graph.names import bound_variable
 from .layers import LAYERS, QuantizedLayer, named_blocks
 from .symbol_graph import FOLDED
 from .table import aligned

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Tuple
 
+from ..symbol_graph import Entry
 from ..table import aligned
 from .net import Decision, GraphNet
 
@@ -41,3 +42,43 @@ def explain(net, pattern='*'):
         raise TypeError(f'{type(net).__name__} is no net of gq.attach. For a converted net, see gq.summary')
     return Explanation(tuple(row for row in net.decisions
                              if fnmatchcase(row.node, pattern) or fnmatchcase(row.op, pattern)))
+
+
+def decisions_about(plan, placed, refused, passed):
+    """The decisions about all operators.
+
+    Parameters
+    ----------
+    plan : Plan
+    placed : dict, {(reader, slot): Placed}
+    refused, passed : dict, as `place_for` returns them
+    """
+    own = {(wish.reader, wish.slot): wish for wish in [*plan.weights, *plan.wishes]}
+    groups = {found.group: found.path for found in placed.values()}
+    found, quantized = [], set()
+
+    def note(reader, entry, path, reason):
+        if path is not None and reader.op not in plan.ops:
+            reason = f'{reader.op} is not among ops, but reads what is stored quantized: {reason}'
+            quantized.add(plan.paths[reader])
+        found.append(Decision(plan.paths[reader], reader.op, plan.tensor(entry), path, reason))
+    for edge, made in placed.items():
+        reason = made.reason
+        if edge in own:
+            shared = '' if own[edge].spec == made.spec else f'; one quantizer for the tensor: {reason}'
+            reason = own[edge].reason + shared
+        note(edge[0], made.entry, made.path, reason)
+    behind = {made.entry: made.path for made in placed.values()}
+    behind.update((entry, groups[group]) for entry, group in passed.items())
+    for wish in plan.wishes:
+        entry, out = wish.entry._replace(version=0), Entry(wish.reader)
+        if (wish.reader, wish.slot) in placed:
+            continue
+        if entry in refused:
+            note(wish.reader, entry, None, refused[entry])
+        elif entry in passed:
+            note(wish.reader, entry, behind[entry], f'{wish.reason}; {entry.node.op} passes it through')
+        else:
+            note(wish.reader, entry, behind.get(out), f'{wish.reason}; {wish.reader.op} runs on codes as on values, so '
+                 'the quantizer stands behind it')
+    return [decision for decision in plan.decisions if decision.node not in quantized] + found

@@ -31,6 +31,15 @@ class Place(NamedTuple):
     reason: str
 
 
+class Placed(NamedTuple):
+    """A quantizer in the graph: what it reads, what was asked for, which group it serves, its path in the net."""
+    entry: Entry
+    spec: Any
+    group: Entry
+    path: str
+    reason: str
+
+
 def place(wishes):
     """One `Place` for each tensor that is wished for; the widest grid wins where readers differ."""
     places = []

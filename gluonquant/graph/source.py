@@ -11,7 +11,8 @@ from mxnet.gluon.block import _flatten
 from ..layers import layers
 from ..registry import nearest
 from ..symbol_graph import FOLDED, VARIABLE, Graph
-from .net import GraphNet, layer_path, make_parameters, short_name
+from .names import layer_path, short_name
+from .net import GraphNet, make_parameters
 
 
 @dataclass
@@ -23,6 +24,11 @@ class Source:
     paths: Dict[str, str]
     form: Any = None
     scope: str = ''
+
+    def shapes(self):
+        """{name: shape} of the Parameters whose shape is known."""
+        return {name: parameter.shape for name, parameter in self.parameters.items()
+                if parameter.shape and all(size > 0 for size in parameter.shape)}
 
     def label(self, node):
         """See `short_name`."""
