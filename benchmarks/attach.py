@@ -7,6 +7,7 @@ one made for a target; tracing and making the quantizers included. The exponent 
 of nodes, by least squares of the logarithms: 1 is linear, 2 quadratic.
 """
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -26,9 +27,12 @@ PLACEMENTS = [None, 'onnxruntime']
 
 def measure_once(net, target):
     """(seconds, number of nodes of the float graph, number of quantizers)."""
+    gc.collect()
+    gc.disable()        # as timeit does: what a collection costs depends on what else the process holds
     start = time.perf_counter()
     attached = gq.attach(net, target=target)
     seconds = time.perf_counter() - start
+    gc.enable()
     attached.graph.strip()
     return seconds, len(attached.graph.nodes()), len(attached._children)
 
@@ -66,7 +70,7 @@ def plot(rows, path):
         axes.plot(nodes, seconds, 'o', color=color, label=label)
         axes.plot([0, nodes.max()], [0, slope * nodes.max()], color=color, linewidth=0.8)
     for row in rows:
-        if row['target'] is None:
+        if row['target'] is None and row['nodes'] > 700:
             axes.annotate(row['model'], (row['nodes'], row['seconds']), fontsize=7, xytext=(4, -9),
                           textcoords='offset points')
     axes.set(xlabel='nodes of the float graph', ylabel='seconds', title='gq.attach, one thread')

@@ -192,10 +192,12 @@ def _regions(target, nodes):
     parent = {}
 
     def root(entry):
-        entry = entry._replace(version=0)
-        while entry in parent:
-            entry = parent[entry]
-        return entry
+        entry = top = entry._replace(version=0)
+        while top in parent:
+            top = parent[top]
+        while entry != top:     # shortens the way for the next time
+            parent[entry], entry = top, parent[entry]
+        return top
 
     def join(first, second):
         first, second = root(first), root(second)
