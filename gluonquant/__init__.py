@@ -12,7 +12,7 @@ from .checkpoint import load, save
 from .config import LayerConfig, QuantizerSpec, Rule
 from .convert import convert
 from .fold import fold
-from .graph import attach, explain
+from .graph import attach, draw, explain
 from .grid import Grid
 from .reestimate import reestimate_batchnorm
 from .summary import summary
@@ -20,6 +20,6 @@ from .switches import freeze, freeze_batchnorm, set_mode, set_phase, unfreeze
 
 __version__ = '0.1.0'
 
-__all__ = ['Grid', 'LayerConfig', 'QuantizerSpec', 'Rule', 'attach', 'calibrate', 'convert', 'explain', 'fold',
+__all__ = ['Grid', 'LayerConfig', 'QuantizerSpec', 'Rule', 'attach', 'calibrate', 'convert', 'draw', 'explain', 'fold',
            'freeze', 'freeze_batchnorm', 'graph', 'layers', 'load', 'observers', 'ops', 'quantizers',
            'reestimate_batchnorm', 'save', 'set_mode', 'set_phase', 'summary', 'training', 'unfreeze']

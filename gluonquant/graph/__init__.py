@@ -1,10 +1,11 @@
 """Quantizing graphs: what `convert` cannot see because it happens inside of blocks."""
 from ..symbol_graph import Entry, Graph, Node
 from .attach import OPS, attach
+from .draw import draw
 from .explain import explain
 from .net import Decision, GraphNet
 from .source import as_graph
 from .target import TARGETS, Target
 
 __all__ = ['Decision', 'Entry', 'Graph', 'GraphNet', 'Node', 'OPS', 'TARGETS', 'Target', 'as_graph', 'attach',
-           'explain']
+           'draw', 'explain']
