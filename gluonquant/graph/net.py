@@ -340,11 +340,14 @@ def make_parameters(graph, names, arrays=None):
 
 def _parameter(node, array, auxiliary):
     notes = node.hidden
-    shape = array.shape if array is not None else _shape(notes.get('__shape__'))
-    parameter = Parameter(node.name, grad_req='null' if auxiliary else 'write', shape=shape,
-                          dtype=array.dtype if array is not None else 'float32',
-                          lr_mult=float(notes.get('__lr_mult__', 1)), wd_mult=float(notes.get('__wd_mult__', 1)),
-                          init=notes.get('__init__'), allow_deferred_init=True)
+    try:
+        shape = array.shape if array is not None else _shape(notes.get('__shape__'))
+        multipliers = {key: float(notes.get(f'__{key}__', 1)) for key in ('lr_mult', 'wd_mult')}
+    except ValueError as error:
+        raise ValueError(f'variable {node.name!r} with {notes}: {error}') from None
+    parameter = Parameter(node.name, grad_req='null' if auxiliary else 'write', shape=shape, **multipliers,
+                          dtype=array.dtype if array is not None else 'float32', init=notes.get('__init__'),
+                          allow_deferred_init=True)
     if array is not None:
         parameter.initialize(init='zeros')
         parameter.set_data(array)
@@ -352,4 +355,6 @@ def _parameter(node, array, auxiliary):
 
 
 def _shape(text):
-    return None if text is None else tuple(max(int(size), 0) for size in text.strip('()[] ').split(',') if size.strip())
+    """A shape as a variable notes it, also in files of Python 2: '(4L, 3L)'."""
+    sizes = [] if text is None else [size.strip().rstrip('L') for size in text.strip('()[] ').split(',')]
+    return tuple(max(int(size), 0) for size in sizes if size) or None

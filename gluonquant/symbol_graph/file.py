@@ -8,56 +8,98 @@ from mxnet.base import MXNetError
 from .nodes import OURS, VARIABLE, Entry, Node, ancestors
 from .operators import operator, signature
 
+# What the attributes of a node have been called, in MXNet 1.0 and later and before.
+ATTRIBUTES = ('attrs', 'attr', 'param')
+_KEYS = {'op', 'name', 'inputs', 'subgraphs', 'backward_source_id', 'control_deps', *ATTRIBUTES}
+_LARGEST = 2 ** 31 - 1
+
 
 def parsed(text):
+    """The content of the JSON of a symbol, whose nodes and edges make sense; ValueError names what does not."""
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'not the JSON of a symbol: {error}') from None
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ('nodes', 'heads')):
-        raise ValueError("not the JSON of a symbol: it has no lists 'nodes' and 'heads'")
+    _check(content)
     return content
 
 
-def check_edges(content):
-    """ValueError for nodes and edges that MXNet would not survive."""
+def _check(content):
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ('nodes', 'heads')):
+        raise ValueError("not the JSON of a symbol: it has no lists 'nodes' and 'heads'")
+    if not isinstance(content.get('arg_nodes'), list):
+        raise ValueError("the symbol has no list 'arg_nodes'")
+    if not content['heads']:
+        raise ValueError("the symbol returns nothing: 'heads' is empty")
     nodes = content['nodes']
     for place, node in enumerate(nodes):
-        if not isinstance(node, dict) or not isinstance(node.get('name'), str) or not isinstance(node.get('op'), str):
-            raise ValueError(f"node number {place} has no 'name' or no 'op'")
-        if not isinstance(node.get('inputs'), list):
-            raise ValueError(f"node {node['name']!r} has no list 'inputs'")
-    readers = [*((f"node {node['name']!r}", node['inputs']) for node in nodes), ('the graph', content['heads'])]
-    for reader, edges in readers:
-        for edge in edges:
-            if not isinstance(edge, list) or len(edge) < 2 or not all(type(part) is int for part in edge):
-                raise ValueError(f'{reader} reads {edge!r}: an edge is [node, output, version]')
-            if not 0 <= edge[0] < len(nodes):
-                raise ValueError(f'{reader} reads node number {edge[0]}, but there are {len(nodes)}')
+        _check_node(place, node)
+    for node in nodes:
+        _check_edges(f"node {node['name']!r}", node['inputs'], nodes)
+        if node['op'] == VARIABLE and node['inputs']:
+            raise ValueError(f"node {node['name']!r} is a variable, but reads {len(node['inputs'])} tensors")
+    _check_edges('the graph', content['heads'], nodes)
+    _check_order(nodes)
+    names = Counter(node['name'] for node in nodes if node['op'] == VARIABLE)
+    if names and names.most_common(1)[0][1] > 1:
+        raise ValueError(f'two variables are called {names.most_common(1)[0][0]!r}')
+    for node in nodes:
+        for body in node.get('subgraphs', []):
+            try:
+                _check(body)
+            except ValueError as error:
+                raise ValueError(f"node {node['name']!r} ({node['op']}), its body: {error}") from None
+
+
+def _check_node(place, node):
+    if not isinstance(node, dict) or not isinstance(node.get('name'), str) or not isinstance(node.get('op'), str):
+        raise ValueError(f"node number {place} has no 'name' or no 'op'")
+    name = f"node {node['name']!r}"
+    if not isinstance(node.get('inputs'), list):
+        raise ValueError(f"{name} has no list 'inputs'")
+    if not isinstance(node.get('subgraphs', []), list):
+        raise ValueError(f"{name}: 'subgraphs' is {node['subgraphs']!r}, not a list")
+    for key in set(node) - _KEYS:
+        raise ValueError(f'{name} has {key!r}, which no version of MXNet writes')
+    for key in ATTRIBUTES:
+        attrs = node.get(key, {})
+        if not isinstance(attrs, dict) or not all(isinstance(value, str) for value in attrs.values()):
+            raise ValueError(f'{name}: {key} is {attrs!r}, not names with texts')
+    if node['op'] not in (VARIABLE, *OURS):
+        try:
+            operator(node['op'])
+        except ValueError as error:
+            raise ValueError(f'{name}: {error}') from None
+
+
+def _check_edges(reader, edges, nodes):
+    for edge in edges:
+        if not isinstance(edge, list) or len(edge) not in (2, 3) or not all(type(part) is int for part in edge):
+            raise ValueError(f'{reader} reads {edge!r}: an edge is [node, output, version]')
+        if not 0 <= edge[0] < len(nodes):
+            raise ValueError(f'{reader} reads node number {edge[0]}, but there are {len(nodes)}')
+        if not 0 <= edge[1] <= _LARGEST or not 0 <= edge[-1] <= _LARGEST:
+            raise ValueError(f"{reader} reads output {edge[1]} of {nodes[edge[0]]['name']!r}: {edge}")
+
+
+def _check_order(nodes):
+    """ValueError if nodes read each other in a circle."""
     made = [Node(node['op'], node['name'], {}, [], []) for node in nodes]
     for node, described in zip(made, nodes):
         node.inputs = [Entry(made[number]) for number, *_ in described['inputs']]
-        if node.op not in (VARIABLE, *OURS):
-            try:
-                operator(node.op)
-            except ValueError as error:
-                raise ValueError(f'node {node.name!r}: {error}') from None
     ancestors([Entry(node) for node in made])
 
 
-def up_to_date(text):
-    """JSON as this MXNet writes it; ours, with quantizers in it, is already."""
-    content = json.loads(text)
+def up_to_date(content):
+    """JSON as this MXNet writes it, from checked content; ours, with quantizers in it, is already."""
+    text = json.dumps(content, ensure_ascii=False)      # MXNet cannot read JSON's \\u escapes
     if any(node['op'] in OURS for node in content['nodes']):
         return text
-    if len({node['name'] for node in content['nodes'] if node['op'] == VARIABLE}) < sum(
-            node['op'] == VARIABLE for node in content['nodes']):
-        names = Counter(node['name'] for node in content['nodes'] if node['op'] == VARIABLE)
-        raise ValueError(f'two variables are called {names.most_common(1)[0][0]!r}')
     try:
         return mx.sym.load_json(text).tojson(remove_amp_cast=False)
     except MXNetError as error:
         for node in content['nodes']:
             if node['op'] != VARIABLE and not node.get('subgraphs'):
-                signature(Node(node['op'], node['name'], node.get('attrs', node.get('param', {})), [], []))
+                attrs = next((node[key] for key in ATTRIBUTES if key in node), {})
+                signature(Node(node['op'], node['name'], attrs, [], []))
         raise ValueError(f'MXNet cannot read the symbol: {str(error).strip().splitlines()[-1]}') from None

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import mxnet as mx
 
-from .file import check_edges, parsed, up_to_date
+from .file import parsed, up_to_date
 from .nodes import FOLDED, OURS, QUANTIZE, VARIABLE, Entry, Node, ancestors, same
 from .operators import outputs, signature
 
@@ -51,8 +51,7 @@ class Graph:
             It is no symbol: not JSON, an edge from nowhere or in a circle, an operator or an attribute that MXNet does
             not know, an input too many or too few. The message names the node. MXNet itself crashes on some of these.
         """
-        check_edges(parsed(text))
-        graph = cls.load(up_to_date(text))
+        graph = cls.load(up_to_date(parsed(text)))
         graph.check()
         return graph
 
@@ -64,6 +63,11 @@ class Graph:
     def check(self):
         """ValueError, with its name, for a node that MXNet could not run."""
         for node in self.nodes():
+            for body in node.subgraphs:
+                try:
+                    Graph.load(json.dumps(body)).check()
+                except ValueError as error:
+                    raise ValueError(f'node {node.name!r} ({node.op}), its body: {error}') from None
             if node.op in (VARIABLE, *OURS) or node.subgraphs:
                 continue
             inputs, _ = signature(node)
@@ -117,13 +121,16 @@ class Graph:
 
     def connect(self, node, inputs):
         """Let ``node`` read ``inputs`` from now on."""
-        before, node.inputs = node.inputs, list(inputs)
-        for entry in node.inputs:
-            self._readers[entry.node].append(node)
-        for entry in before:
-            self._readers[entry.node].remove(node)
-            if not self._readers[entry.node]:
-                self.connect(entry.node, ())
+        changes = [(node, list(inputs))]
+        while changes:
+            node, inputs = changes.pop()
+            before, node.inputs = node.inputs, inputs
+            for entry in inputs:
+                self._readers[entry.node].append(node)
+            for entry in before:
+                self._readers[entry.node].remove(node)
+                if not self._readers[entry.node]:
+                    changes.append((entry.node, []))
 
     def add(self, op, name, inputs, **attrs):
         """A new node with a name of its own, read by nothing yet; returns it."""

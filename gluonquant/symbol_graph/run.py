@@ -7,7 +7,10 @@ from mxnet._ctypes.symbol import _symbol_creator
 
 from .graph import Graph
 from .nodes import VARIABLE, Entry, Node
-from .operators import operator
+from .operators import operator, outputs
+
+# As MXNet writes it into JSON; without it, it takes the JSON for that of version 0.8 and adds inputs.
+VERSION = sum(int(part) * weight for part, weight in zip(mx.__version__.split('.'), (10000, 100, 1)))
 
 
 def evaluate(F, nodes, values, run=None):
@@ -58,11 +61,11 @@ def invoke(F, node, inputs):
 def _control_flow(F, node, inputs):
     """Operators with bodies come from JSON only."""
     names = [f'input{number}' for number in range(len(inputs))]
-    alone = Graph([Entry(Node(node.op, node.name, node.attrs, [Entry(Node(VARIABLE, name, {}, [], []))
-                                                               for name in names], node.subgraphs))], {})
-    symbol = mx.sym.load_json(alone.dump())
+    copy = Node(node.op, node.name, node.attrs, [Entry(Node(VARIABLE, name, {}, [], [])) for name in names],
+                node.subgraphs)
+    symbol = mx.sym.load_json(Graph([Entry(copy, index) for index in range(outputs(node))],
+                                   {'mxnet_version': ['int', VERSION]}).dump())
     if F is mx.nd:
-        order = symbol.list_inputs()
-        return CachedOp(symbol)(*(inputs[names.index(name)] for name in order))
-    made = symbol(**dict(zip(names, inputs)))
-    return list(made)
+        made = CachedOp(symbol)(*(inputs[names.index(name)] for name in symbol.list_inputs()))
+        return made if isinstance(made, list) else [made]
+    return list(symbol(**dict(zip(names, inputs))))
