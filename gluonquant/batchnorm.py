@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import functional as Q
-from .symbol_graph import QUANTIZE, VARIABLE, Node
+from .symbol_graph import QUANTIZE, VARIABLE, Node, integers
 from .trace import LAYER_OPS
 
 
@@ -41,8 +41,7 @@ class Layer(NamedTuple):
         """From the attributes of an operator."""
         if op == 'FullyConnected':
             return cls(0, 2)
-        ndim = 2 + sum(part.strip().isdigit() for part in str(attrs['kernel']).strip('()[] ').split(','))
-        return cls(int(op == 'Deconvolution'), ndim, int(attrs.get('num_group', 1)))
+        return cls(int(op == 'Deconvolution'), 2 + len(integers(str(attrs['kernel']))), int(attrs.get('num_group', 1)))
 
     @property
     def along_weight(self):

@@ -12,7 +12,7 @@ from mxnet import nd
 
 from .config import PLAN_VERSION, LayerConfig
 from .convert import apply, clear_caches, undo
-from .graph import GraphNet
+from .graph import GraphNet, as_graph
 from .layers import layers, named_blocks, quantizers
 from .switches import batchnorms
 
@@ -113,6 +113,10 @@ def _load_graph(path, plan, arrays, net, ctx):
         raise _damaged(path, error) from None
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
+    if net is not None and not isinstance(net, GraphNet):
+        for name in as_graph(net, inputs=made.inputs).paths.values():
+            if name not in made.paths.values():
+                raise ValueError(f'{path}: Parameter {name!r} of the net is missing in the graph')
     _check_parameters(path, made, arrays)
     if isinstance(net, GraphNet):
         if net.settings() != made.settings():

@@ -149,6 +149,9 @@ def _check_net(net):
         if isinstance(block, QuantizedLayer):
             raise RuntimeError(f'the net is already converted: {path!r} is a {type(block).__name__}. '
                                'Convert a fresh float net instead')
+        if isinstance(block, quantizers.Quantizer):
+            raise RuntimeError(f'quantizers are attached already: the net has {path!r}. Convert a fresh float '
+                               'net instead')
         if isinstance(block, HybridBlock) and block._cached_op is not None:
             raise RuntimeError(f'{path or "the net"!r} ({type(block).__name__}) is hybridized and has already run, '
                                'so its graph is fixed. Call net.hybridize(False), convert, then hybridize again')

@@ -61,6 +61,14 @@ def traced(net):
         return Graph.of(_group(net(mx.sym.var('data')))), None
     except Exception as error:      # any net code may run here, and fail in its own way: then nothing is known
         return None, f'{type(error).__name__}: {error}'
+    finally:
+        renew_variables(net)
+
+
+def renew_variables(net):
+    """Let Parameters make their variables anew: a variable keeps the shape that was known when it was made."""
+    for parameter in net._collect_params_with_prefix().values():
+        parameter._var = None
 
 
 def _group(out):

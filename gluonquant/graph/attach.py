@@ -6,6 +6,7 @@ from ..calibrate import set_ranges
 from ..grid import check_bits
 from ..layers import quantizers
 from ..plan import base_config
+from ..registry import nearest
 from ..symbol_graph import QUANTIZE, Entry
 from . import source
 from .decide import Plan
@@ -81,6 +82,9 @@ def attach(net, bits=4, *, params=None, inputs='data', shapes=None, ops=OPS, tar
     found = source.read(net, params, inputs)
     graph = found.graph
     plan = Plan(found, base, first_last_bits, ops, skip, only, rules, exclude)
+    for name in shapes or {}:
+        if name not in found.inputs:
+            raise ValueError(f'shapes names {name!r}, which is no input.{nearest(name, found.inputs)}')
     if skip_scalars:
         plan.skip_scalars(graph.shapes(**{**found.shapes(), **(shapes or {})}))
     plan.decide()
@@ -120,8 +124,9 @@ def _insert(graph, places, role, settle, path_of):
         described = {**asdict(spec), 'role': role}
         if role == 'weight':
             described['axis'] = described['options'].pop('axis', 0)
+        text = json.dumps(described, default=lambda number: number.item())      # options may be numbers of NumPy
         for entry, wished, edges, found_group, reason in group:
-            node = graph.add(QUANTIZE, path, [entry], quantizer=path, spec=json.dumps(described))
+            node = graph.add(QUANTIZE, path, [entry], quantizer=path, spec=text)
             for reader, slot in edges:
                 graph.connect(reader, [*reader.inputs[:slot], Entry(node), *reader.inputs[slot + 1:]])
                 placed[reader, slot] = Placed(entry, wished, found_group, path, reason)

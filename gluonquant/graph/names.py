@@ -1,11 +1,22 @@
 """What nodes are called where people read about them."""
+from ..layers import named_blocks
 from ..symbol_graph import FOLDED, VARIABLE
 from ..trace import LAYER_OPS
 
 
-def short_name(node, scope):
-    """The name of a node without that of the net it was traced from, which is numbered differently in each process."""
-    return node.name[len(scope):] if node.name.startswith(scope) else node.name
+def short_name(name, scope):
+    """``name`` with its longest beginning that is a key of ``scope`` replaced by the value."""
+    start = max((start for start in scope if name.startswith(start)), key=len, default='')
+    return scope.get(start, '') + name[len(start):]
+
+
+def scope_of(net):
+    """The `short_name` scope of a traced block: its own prefix is left out, that of a part with another is a path."""
+    scope = {net.prefix: ''}
+    for path, block in named_blocks(net):
+        if block.prefix and not any(block.prefix.startswith(start) for start in scope if start):
+            scope[block.prefix] = f'{path}_' if path else ''
+    return {start: short for start, short in scope.items() if start}
 
 
 def layer_path(node, paths):

@@ -1,4 +1,5 @@
 """A graph with quantizers in it, as a block that trains."""
+import copy
 import json
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,20 @@ from .. import functional as Q
 from .. import quantizers
 from ..batchnorm import Layer, folded, folded_weight, pairs, parts
 from ..fuse import FusedGraph
-from ..symbol_graph import FOLDED, QUANTIZE, VARIABLE, Entry, Graph, Node, ancestors, evaluate, invoke
+from ..registry import nearest
+from ..symbol_graph import (
+    FOLDED,
+    QUANTIZE,
+    VARIABLE,
+    Entry,
+    Graph,
+    Node,
+    ancestors,
+    evaluate,
+    integers,
+    invoke,
+    numbered,
+)
 from ..trace import LAYER_OPS
 from .fold import merge
 from .names import bound_variable, layer_path, short_name
@@ -45,8 +59,9 @@ class GraphNet(FusedGraph, HybridBlock):
         As in checkpoints of the float net; default: the names.
     form : nested list of int, optional
         How outputs are grouped, as Gluon notes it.
-    scope : str
-        What the names of nodes begin with that came from the traced net: left out where people read them.
+    scope : dict, {str: str}
+        What the names of nodes begin with, and what people read in its place: names of blocks are numbered differently
+        in each process.
     decisions : list of Decision
         What `explain` tells.
 
@@ -54,35 +69,50 @@ class GraphNet(FusedGraph, HybridBlock):
     Outputs: those of the graph.
     """
 
-    def __init__(self, graph, parameters, inputs, paths=None, form=None, scope='', decisions=()):
-        super().__init__(prefix='')
+    def __init__(self, graph, parameters, inputs, paths=None, form=None, scope=None, decisions=()):
+        super().__init__(prefix='')             # Parameters keep their names
+        self._own_prefix = mx.name.NameManager.current.get(None, 'graphnet') + '_'      # of the quantizers' Parameters
         self.graph = graph
         self.inputs = list(inputs)
         self.paths = {name: (paths or {}).get(name, name) for name in parameters}
         self.form = form
-        self.scope = scope
+        self.scope = dict(scope or {})
         self.decisions = list(decisions)
         self._variables = {path: name for name, path in self.paths.items()}
-        self._nodes = None
+        self._nodes, self._prefixes = None, set()
         for name, parameter in parameters.items():
             self.params.update({parameter.name: parameter})
             self._reg_params[self.paths[name]] = parameter
+        self._check_variables()
         for node in graph.nodes():
-            if 'quantizer' in node.attrs:
+            if node.op == QUANTIZE or 'quantizer' in node.attrs:
                 self._add_quantizer(node)
 
+    def _check_variables(self):
+        variables = self.graph.variables()
+        for name in self.inputs:
+            if name not in variables or name in self.paths:
+                raise ValueError(f'the graph has no input {name!r}.{nearest(name, variables)}')
+        for name in variables:
+            if name not in self.paths and name not in self.inputs:
+                raise ValueError(f'variable {name!r} is neither a Parameter nor an input')
+
     def _add_quantizer(self, node):
-        if node.attrs['quantizer'] in self._children:
+        if node.attrs.get('quantizer') in self._children:
             return
-        path, spec = node.attrs['quantizer'], json.loads(node.attrs['spec'])
-        method, bits, options = spec.pop('method'), spec.pop('bits'), spec.pop('options')
-        prefix, bound = path.replace('.', '_') + '_', None
-        if spec['role'] == 'weight':
+        try:
+            path, spec = node.attrs['quantizer'], json.loads(node.attrs['spec'])
+            method, bits, options, role = (spec[name] for name in ('method', 'bits', 'options', 'role'))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'node {node.name!r} does not say how its quantizer is made ({type(error).__name__}: '
+                             f'{error})') from None
+        bound = None
+        if role == 'weight':
             bound = self.parameter(bound_variable(node.inputs[node.op == FOLDED]))
             options['shape'] = tuple(max(size, 0) for size in bound.shape or ()) or None
-            prefix = f'{bound.name}_quantizer_'
+        others = {name: value for name, value in spec.items() if name not in ('method', 'bits', 'options')}
         try:
-            quantizer = quantizers.create(method, bits, prefix=prefix, **spec, **options)
+            quantizer = quantizers.create(method, bits, prefix=self._free_prefix(path), **others, **options)
         except (ValueError, TypeError) as error:
             raise type(error)(f'{path}: {error}. Change it by a rule, or keep what reads it float with '
                               'exclude') from None
@@ -93,6 +123,20 @@ class GraphNet(FusedGraph, HybridBlock):
             parameter.like = like
         quantizer.nested, quantizer.where = True, path
         self.register_child(quantizer, path)
+
+    def _free_prefix(self, path):
+        base = self._own_prefix + path.replace('.', '_')
+        prefix = next(name for name in numbered(base) if name not in self._prefixes)
+        self._prefixes.add(prefix)
+        return f'{prefix}_'
+
+    def cast(self, dtype):
+        """As `HybridBlock.cast`; the Parameters of BatchNorm stay float32 in a net of float16."""
+        super().cast(dtype)
+        if np.dtype(dtype) == np.float16:
+            for node in self.graph.nodes():
+                for entry in node.inputs[-4:] if node.op in ('BatchNorm', FOLDED) else ():
+                    self.parameter(entry.node.name).cast('float32')
 
     def _bind(self, node, quantizer, parameter):
         """Tell a quantizer of weights how the tensor in front of it comes from the Parameter."""
@@ -129,7 +173,7 @@ class GraphNet(FusedGraph, HybridBlock):
 
     def label(self, node):
         """The name of a node as users read it: the path of the layer whose weight it reads, or its short name."""
-        return layer_path(node, self.paths) or short_name(node, self.scope)
+        return layer_path(node, self.paths) or short_name(node.name, self.scope)
 
     def compute(self, entry):
         """The array of a tensor that depends on Parameters only."""
@@ -181,7 +225,7 @@ class GraphNet(FusedGraph, HybridBlock):
 
     def merge_batchnorm(self):
         """Merge each BatchNorm into new Parameters; returns what became of each, {node: sentence}."""
-        for parameter in self.collect_params().values():
+        for parameter in self._reg_params.values():
             if parameter._data is None:
                 raise RuntimeError(f'Parameter {parameter.name!r} has no value yet: run one batch through the net, or '
                                    'load its Parameters')
@@ -195,11 +239,17 @@ class GraphNet(FusedGraph, HybridBlock):
 
     def _told(self, told):
         """Note in the decisions what became of each BatchNorm; returns it by short name."""
-        told = {name.replace(self.scope, '', 1): sentence.replace(self.scope, '') for name, sentence in told.items()}
+        told = {short_name(name, self.scope): self._shortened(sentence) for name, sentence in told.items()}
         rows = {name: Decision(name, 'BatchNorm', '', None, sentence) for name, sentence in told.items()}
         self.decisions = [rows.pop(row.node, row) if row.op == 'BatchNorm' else row for row in self.decisions]
         self.decisions += rows.values()
         return told
+
+    def _shortened(self, sentence):
+        """A sentence with short names between its quotes."""
+        parts = sentence.split("'")
+        parts[1::2] = [short_name(name, self.scope) for name in parts[1::2]]
+        return "'".join(parts)
 
     def _take(self, arrays):
         """Give the variables in ``arrays`` Parameters of their own, and forget those that nothing reads any more."""
@@ -262,7 +312,7 @@ class GraphNet(FusedGraph, HybridBlock):
                 op, attrs, settings = parts(node)
                 about = op, attrs, settings._replace(frozen=None), node.attrs.get('spec')
             found.append((node.op, about, [(number[entry.node], entry.index) for entry in node.inputs]))
-        return found
+        return [*found, [(number[entry.node], entry.index) for entry in self.graph.heads.inputs]]
 
     def take_frozen(self, other):
         """Freeze those BatchNorms that are frozen in an equal net."""
@@ -305,48 +355,71 @@ class GraphNet(FusedGraph, HybridBlock):
         return cls(graph, own, values['inputs'], paths, values['form'], values['scope'],
                    [Decision(*decision) for decision in values['decisions']])
 
+    def __deepcopy__(self, memo):
+        # Not by __reduce_ex__: a Parameter knows its Trainer, that knows the quantizers, and these know the net.
+        parts = list(self.__reduce_ex__(2)[1])
+        parts[1] = {path: memo.setdefault(id(parameter), _cloned(parameter, memo))
+                    for path, parameter in parts[1].items()}
+        memo[id(self)] = net = _restore(*copy.deepcopy(parts[:1], memo), parts[1], *copy.deepcopy(parts[2:], memo))
+        return net
+
     def __reduce_ex__(self, protocol):
         parameters = {self.paths[name]: self.parameter(name) for name in self.paths}
         state = {path: {name: quantizer.value(name) for name, parameter in quantizer._reg_params.items()
                         if parameter._data is not None} for path, quantizer in self._children.items()}
         hybrid = {name: self.__dict__[name] for name in ('_active', '_flags')}
-        return _restore, (self.describe(), parameters, state, hybrid)
+        types = {path: quantizer._dtype for path, quantizer in self._children.items() if quantizer.grid is not None}
+        return _restore, (self.describe(), parameters, state, types, hybrid)
 
     def __repr__(self):
         count = len(self._children)
         return f'GraphNet({", ".join(self.inputs)}: {len(self.graph.nodes())} nodes, {count} quantizers)'
 
 
-def _restore(description, parameters, state, hybrid):
+def _cloned(parameter, memo):
+    """A Parameter with the same value, without a Trainer."""
+    trainer, parameter._trainer = parameter._trainer, None
+    try:
+        return copy.deepcopy(parameter, memo)
+    finally:
+        parameter._trainer = trainer
+
+
+def _restore(description, parameters, state, types, hybrid):
     for parameter in parameters.values():
         if parameter._data is not None and parameter.grad_req != 'null':
             parameter._init_grad()      # copies of Parameters do not know their gradients
     net = GraphNet.from_description(description, parameters)
     for path, values in state.items():
         net._children[path].write(**values)
+    for path, dtype in types.items():
+        net._children[path].cast(dtype)
     net.__dict__.update(hybrid)
     return net
 
 
-def make_parameters(graph, names, arrays=None):
-    """{name: Parameter} for the variables of a symbol file, with their notes and, if given, arrays from a file."""
+def make_parameters(graph, names, arrays=None, shapes=None, inits=None):
+    """{name: Parameter} for the variables of a symbol file, with their notes and, if given, arrays from a file.
+
+    ``shapes`` and ``inits`` are those of variables that have no array and note none.
+    """
     plain = graph.copy()
     plain.strip()
     auxiliary = set(plain.symbol().list_auxiliary_states())
     variables = graph.variables()
-    return {name: _parameter(variables[name], None if arrays is None else arrays[name], name in auxiliary)
-            for name in names}
+    return {name: _parameter(variables[name], None if arrays is None else arrays[name], name in auxiliary,
+                             (shapes or {}).get(name), (inits or {}).get(name)) for name in names}
 
 
-def _parameter(node, array, auxiliary):
+def _parameter(node, array, auxiliary, shape, init):
     notes = node.hidden
     try:
-        shape = array.shape if array is not None else _shape(notes.get('__shape__'))
+        shape = array.shape if array is not None else _shape(notes) or shape
         multipliers = {key: float(notes.get(f'__{key}__', 1)) for key in ('lr_mult', 'wd_mult')}
     except ValueError as error:
         raise ValueError(f'variable {node.name!r} with {notes}: {error}') from None
     parameter = Parameter(node.name, grad_req='null' if auxiliary else 'write', shape=shape, **multipliers,
-                          dtype=array.dtype if array is not None else 'float32', init=notes.get('__init__'),
+                          dtype=array.dtype if array is not None else 'float32', init=notes.get('__init__', init),
                           allow_deferred_init=True)
     if array is not None:
         parameter.initialize(init='zeros')
@@ -354,7 +427,11 @@ def _parameter(node, array, auxiliary):
     return parameter
 
 
-def _shape(text):
-    """A shape as a variable notes it, also in files of Python 2: '(4L, 3L)'."""
-    sizes = [] if text is None else [size.strip().rstrip('L') for size in text.strip('()[] ').split(',')]
-    return tuple(max(int(size), 0) for size in sizes if size) or None
+def _shape(notes):
+    """The shape that a variable notes, None if it notes none."""
+    if '__shape__' not in notes:
+        return None
+    sizes = tuple(max(size, 0) for size in integers(notes['__shape__']))
+    if not sizes:
+        raise ValueError(f"no shape: {notes['__shape__']!r}")
+    return sizes

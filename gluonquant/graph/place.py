@@ -71,7 +71,7 @@ def place_for(target, graph, wishes, base, label):
     wishes = [moved for wish in wishes for moved in _moved(target, wish)]
     if target.sums == 'shortcut':
         wishes = _without_fused_sums(target, graph, wishes, refused, label)
-    if target.outputs:
+    if target.outputs and base.method != 'none':
         wishes += _outputs(target, graph, wishes, base, label)
     region = _regions(target, nodes)
     asked = _by_tensor(wishes)

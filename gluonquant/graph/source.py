@@ -1,6 +1,6 @@
 """Where a graph comes from: a block that can be traced, a symbol, files."""
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Dict, List
 
 import mxnet as mx
@@ -8,11 +8,16 @@ import numpy as np
 from mxnet.gluon import Block, HybridBlock, SymbolBlock
 from mxnet.gluon.block import _flatten
 
-from ..layers import layers
+from ..layers import layers, quantizers
 from ..registry import nearest
-from ..symbol_graph import FOLDED, VARIABLE, Graph
-from .names import layer_path, short_name
+from ..symbol_graph import FOLDED, VARIABLE, Graph, integers
+from ..trace import renew_variables
+from .names import layer_path, scope_of, short_name
 from .net import GraphNet, make_parameters
+
+# What Gluon's layers start with, by place; None: what the net is initialized with.
+_INITIALIZERS = {**dict.fromkeys(('Convolution', 'Deconvolution', 'FullyConnected'), (None, None, 'zeros')),
+                 'BatchNorm': (None, 'ones', 'zeros', 'zeros', 'ones')}
 
 
 @dataclass
@@ -23,7 +28,7 @@ class Source:
     inputs: List[str]
     paths: Dict[str, str]
     form: Any = None
-    scope: str = ''
+    scope: Dict[str, str] = field(default_factory=dict)
 
     def shapes(self):
         """{name: shape} of the Parameters whose shape is known."""
@@ -32,7 +37,7 @@ class Source:
 
     def label(self, node):
         """See `short_name`."""
-        return short_name(node, self.scope)
+        return short_name(node.name, self.scope)
 
     def path(self, node):
         """The path of the layer that a node belongs to, or its label."""
@@ -71,7 +76,7 @@ def read(net, params=None, inputs='data'):
         except ValueError as error:
             raise ValueError(f'{net}: {error}') from None
     elif isinstance(net, mx.sym.Symbol):
-        graph = Graph.of(net)
+        graph = Graph.read(net.tojson(remove_amp_cast=False))
     elif isinstance(net, Graph):
         graph = net.copy()
     else:
@@ -111,6 +116,9 @@ def _traced(net, inputs):
     if layers(net):
         raise RuntimeError(f'the net is already converted: {next(iter(layers(net)))!r} is quantized. Attach to a fresh '
                            'float net instead')
+    if quantizers(net):
+        raise RuntimeError(f'quantizers are attached already: the net has {next(iter(quantizers(net)))!r}. Attach to a '
+                           'fresh float net instead')
     if not isinstance(net, HybridBlock):
         raise TypeError(f'{type(net).__name__} is no HybridBlock, so there is no graph. Use gq.convert')
     try:
@@ -120,6 +128,8 @@ def _traced(net, inputs):
         raise ValueError(f'{type(net).__name__} cannot be traced with the inputs {", ".join(inputs)} '
                          f'({type(error).__name__}: {error}). Name its inputs with inputs=(...), or use gq.convert'
                          ) from error
+    finally:
+        renew_variables(net)
     graph = Graph.of(mx.sym.Group(flat))
     known = {parameter.name: parameter for parameter in net.collect_params().values()}
     parameters = {name: known[name] for name in graph.variables() if name in known}
@@ -130,30 +140,44 @@ def _traced(net, inputs):
     for path, parameter in net._collect_params_with_prefix().items():
         paths.setdefault(parameter.name, path)
     return Source(graph, parameters, inputs, {name: paths[name] for name in parameters}, form,
-                  net.prefix)
+                  scope_of(net))
 
 
 def _arrays(params):
-    if params is None or isinstance(params, dict):
-        arrays = params
-    else:
+    if params is None:
+        return None
+    if not isinstance(params, dict):
+        with open(params, 'rb'):        # FileNotFoundError, which MXNet would hide
+            path = os.fspath(params)
         try:
-            arrays = mx.nd.load(os.fspath(params))
+            params = mx.nd.load(path)
         except mx.MXNetError as error:
-            raise ValueError(f'{params}: not a file of parameters ({str(error).strip().splitlines()[-1]})') from None
-    return None if arrays is None else {name.split(':', 1)[-1]: _array(name, array) for name, array in arrays.items()}
+            raise ValueError(f'{path}: not a file of parameters ({str(error).strip().splitlines()[-1]})') from None
+        if not isinstance(params, dict):
+            raise ValueError(f'{path}: the arrays in it have no names')
+    return {_name(name): _array(name, array) for name, array in params.items()}
+
+
+def _name(name):
+    if not isinstance(name, str):
+        raise TypeError(f'params has the key {name!r}: pass names of variables')
+    return name.split(':', 1)[-1]
 
 
 def _array(name, array):
+    if not isinstance(array, (mx.nd.NDArray, np.ndarray)):
+        raise TypeError(f'params[{name!r}] is a {type(array).__name__}, not an array')
+    if not np.issubdtype(array.dtype, np.floating):
+        raise TypeError(f'params[{name!r}] holds {np.dtype(array.dtype)}, not real numbers')
     if isinstance(array, mx.nd.NDArray):
         return array
-    if isinstance(array, np.ndarray):
-        return mx.nd.array(array, dtype=array.dtype)
-    raise TypeError(f'params[{name!r}] is a {type(array).__name__}, not an array')
+    return mx.nd.array(array, dtype='float32' if array.dtype == np.float64 else array.dtype)
 
 
 def _parameters(graph, arrays, inputs):
     variables = graph.variables()
+    if len(set(inputs)) < len(inputs):
+        raise ValueError(f'inputs={inputs}: a name stands there twice')
     for name in inputs:
         if name not in variables:
             raise ValueError(f'the graph has no input {name!r}.{nearest(name, variables)}')
@@ -165,7 +189,19 @@ def _parameters(graph, arrays, inputs):
                 raise ValueError(f'node {reader.name!r} ({reader.op}) reads {name!r}, for which there is no Parameter.'
                                  f'{nearest(name, arrays)} If it is passed as data, name it in inputs')
         check_shapes(graph, {name: arrays[name].shape for name in names})
-    return make_parameters(graph, names, arrays)
+    return make_parameters(graph, names, arrays, *_known(graph))
+
+
+def _known(graph):
+    """({name: shape}, {name: initializer}) of variables, as far as operators tell; 0 for an unknown size."""
+    shapes, inits = {}, {}
+    for node in graph.nodes():
+        for entry, shape, init in zip(node.inputs, _expected(node), _INITIALIZERS.get(node.op, ())):
+            if shape is not None:
+                inits[entry.node.name] = init
+                if all(shape[:1]):
+                    shapes[entry.node.name] = shape
+    return shapes, inits
 
 
 def check_shapes(graph, shapes):
@@ -188,14 +224,13 @@ def _expected(node):
     if node.op in ('Convolution', 'Deconvolution'):
         if attrs.get('layout', 'None') not in ('None', 'NCW', 'NCHW', 'NCDHW'):
             return []
-        kernel, filters = _sizes(attrs['kernel']), int(attrs['num_filter'])
+        kernel, filters = integers(attrs['kernel']), int(attrs['num_filter'])
         channels = (filters, 0) if node.op == 'Convolution' else (0, filters // int(attrs.get('num_group', 1)))
         return [None, channels + kernel, (filters,)]
     if node.op == 'FullyConnected':
         hidden = int(attrs['num_hidden'])
         return [None, (hidden, 0), (hidden,)]
+    if node.op == 'BatchNorm':
+        layer = node.inputs[0].node.attrs
+        return [None, *[(int(layer.get('num_filter', layer.get('num_hidden', 0))),)] * 4]
     return []
-
-
-def _sizes(text):
-    return tuple(int(size) for size in text.strip('()[] ').split(',') if size.strip())

@@ -5,7 +5,7 @@ from collections import defaultdict
 import mxnet as mx
 
 from .file import parsed, up_to_date
-from .nodes import FOLDED, OURS, QUANTIZE, VARIABLE, Entry, Node, ancestors, same
+from .nodes import FOLDED, OURS, QUANTIZE, VARIABLE, Entry, Node, ancestors, numbered, same
 from .operators import outputs, signature
 
 
@@ -181,7 +181,7 @@ class Graph:
         """``name``, numbered if some node is called so; nobody gets it a second time."""
         if self._names is None:
             self._names = {node.name for node in self.nodes()}
-        found = next(other for other in _numbered(name) if other not in self._names)
+        found = next(other for other in numbered(name) if other not in self._names)
         self._names.add(found)
         return found
 
@@ -219,11 +219,3 @@ class Graph:
 
 def _described(node):
     return json.dumps({'op': node.op, 'name': node.name, 'attrs': node.attrs})
-
-
-def _numbered(name):
-    yield name
-    number = 2
-    while True:
-        yield f'{name}_{number}'
-        number += 1

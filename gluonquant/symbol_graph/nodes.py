@@ -1,5 +1,7 @@
 """Nodes of a graph and the edges between them."""
+import re
 from dataclasses import dataclass
+from itertools import count
 from typing import NamedTuple
 
 # Our own operators in a Graph become MXNet's when they run: a quantizer, and a layer with its BatchNorm folded into it.
@@ -37,6 +39,18 @@ class Node:
     def says(self, name):
         """Whether the boolean parameter ``name`` is set."""
         return self.attrs.get(name) in ('True', 'true', '1')
+
+
+def integers(text):
+    """The numbers in a shape as attributes write it: '(3, 3)', '[3,3]', in files of Python 2 '(3L, 3L)', 'None'."""
+    return tuple(int(number) for number in re.findall(r'-?\d+', text))
+
+
+def numbered(name):
+    """``name``, ``name_2``, ``name_3`` and so on."""
+    yield name
+    for number in count(2):
+        yield f'{name}_{number}'
 
 
 class Entry(NamedTuple):
