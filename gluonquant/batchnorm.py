@@ -88,15 +88,19 @@ def _obstacle(graph, layer, node):
         return f'{", ".join(map(repr, others)) or "it"} reads {layer.name!r} too'
     if any(entry.index for reader in graph.readers(node) for entry in reader.inputs if entry.node is node):
         return 'its mean or variance is read'
-    axis = int(node.attrs.get('axis', 1))
+    if any(entry.node.op != VARIABLE for entry in [*layer.inputs[2:], *node.inputs[1:]]):
+        return f'a Parameter of it, or the bias of {layer.name!r}, is computed'
+    axis, layout = int(node.attrs.get('axis', 1)), layer.attrs.get('layout', 'None')
     wide = layer.op == 'FullyConnected' and str(layer.attrs.get('flatten', 'True')) not in ('True', 'true', '1')
-    if wide or axis != 1:
+    if wide or axis != 1 or layout not in ('None', 'NCW', 'NCHW', 'NCDHW'):
         return f'its axis {axis} is not known to be the channels of {layer.name!r}'
     weight = layer.inputs[1].node
     if weight.op == QUANTIZE and graph.readers(weight) == [layer]:
         weight = weight.inputs[0].node
     if weight.op != VARIABLE or graph.readers(weight)[1:]:
         return f'the weight of {layer.name!r} is computed, or shared with another layer'
+    if graph.readers(node.inputs[1].node)[1:]:
+        return 'its Parameters are shared with another'
     if layer.op == 'Deconvolution' and int(layer.attrs.get('num_group', 1)) > 1:
         return f'axis 1 of the weight of {layer.name!r} counts the channels of one group only'
     return None
@@ -113,7 +117,9 @@ def factor_and_shift(settings, gamma, beta, mean, var, bias=None):
 def folded_weight(F, geometry, settings, weight, gamma, var):
     """k w."""
     gamma, running = _gamma_and_deviation(F, settings, gamma, var)
-    return F.broadcast_mul(weight, F.reshape(gamma / running, shape=geometry.along_weight))
+    product = F.broadcast_mul(weight, F.reshape(gamma / running, shape=geometry.along_weight))
+    # Adding zeros of the weight lets MXNet infer its shape from the layer, against the direction of the product.
+    return product + F.zeros_like(weight)
 
 
 def _gamma_and_deviation(F, settings, gamma, var):
@@ -147,12 +153,13 @@ def folded(F, run, quantize, geometry, settings, x, weight, bias, gamma, beta, m
     centred = F.broadcast_sub(plain, F.reshape(batch_mean, shape=geometry.along_output))
     batch_var = F.mean(F.square(centred), axis=1, exclude=True)
     training = Q.is_training(F)
-    deviation = Q.choose(F, training, F.sqrt(batch_var + settings.eps), running)
-    shift = beta - Q.choose(F, training, batch_mean, centre) * gamma / deviation
+    training = F.broadcast_mul(F.ones_like(running), training)
+    deviation = F.where(training, F.sqrt(batch_var + settings.eps), running)
+    shift = beta - F.where(training, batch_mean, centre) * gamma / deviation
     seen_mean = batch_mean if bias is None else batch_mean + bias
     for state, seen in ((mean, seen_mean), (var, batch_var)):
         old, seen = F.BlockGrad(state), F.BlockGrad(seen)
         blended = settings.momentum * old + (1 - settings.momentum) * seen
-        shift = shift + 0 * Q.assign(F, state, Q.choose(F, training, blended, old))
+        shift = shift + 0 * Q.assign(F, state, F.where(training, blended, old))
     out = F.broadcast_mul(run(x, quantized, None), F.reshape(running / deviation, shape=geometry.along_output))
     return F.broadcast_add(out, F.reshape(shift, shape=geometry.along_output))

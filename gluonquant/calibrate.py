@@ -68,6 +68,10 @@ def calibrate(net, loader, batches=10, *, observer=None, table=None, forward=Non
                 forward(net, batch)
             else:
                 net(batch_tensor(batch, net))
+            for quantizer, tensors in shown.items():
+                if quantizer.tensors[1:]:
+                    _update(watched[quantizer][1], nd.concat(*(x.reshape(-1) for x in tensors), dim=0),
+                            watched[quantizer][0])
     if not count:
         raise ValueError('the loader gave no batch: nothing to calibrate with')
 
@@ -103,7 +107,8 @@ def _from_table(table, net, inputs):
             table = json.load(file)
     paths = {quantizer: path for path, quantizer in inputs.items()}
     known = {**inputs, **{path: layer.input_quantizer for path, layer in layers(net).items()},
-             **{path[:-len(_OUTPUT)]: quantizer for path, quantizer in inputs.items() if path.endswith(_OUTPUT)}}
+             **{path[:-len(_OUTPUT)]: quantizer for path, quantizer in inputs.items() if path.endswith(_OUTPUT)},
+             **{name: quantizer for quantizer in inputs.values() for name in quantizer.tensors}}
     fixed = {}
     for name, value in table.items():
         if name not in known:
@@ -149,16 +154,23 @@ def _look(quantizer, path, observer, shown):
     def forward(x):
         if not isinstance(x, nd.NDArray):
             return original(x)
-        if observer is not None and shown.get(quantizer) is not x:
-            shown[quantizer] = x        # layers that share the quantizer bring the same tensor
-            try:
-                observer.update(x)
-            except ValueError as error:
-                raise ValueError(f'{path}: {error}') from None
+        if observer is not None and not any(x is other for other in shown.get(quantizer, ())):
+            # Layers that share the quantizer bring the same tensor; tensors that share it are observed as one.
+            several = bool(quantizer.tensors[1:])
+            shown[quantizer] = [*(shown.get(quantizer, ()) if several else ()), x]
+            if not several:
+                _update(observer, x, path)
         # In inference a convolution puts the array it reads its weight from into a layout of its own, for good, and
         # every optimizer step from then on reorders it twice: it gets a copy.
         return x if quantizer.role == 'activation' else x * 1
     return forward
+
+
+def _update(observer, x, path):
+    try:
+        observer.update(x)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
 
 
 def batch_tensor(batch, net):

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import numpy as np
 from mxnet import nd
+from mxnet.gluon import nn
 
 from .config import PLAN_VERSION, LayerConfig
 from .convert import apply, clear_caches, undo
@@ -189,6 +190,10 @@ def _check_layers(path, net, classes, configs, converted):
             if converted[name].config != configs[name]:
                 raise ValueError(f'{path}: layer {name!r} was saved as {configs[name]}, the net has '
                                  f'{converted[name].config}. Load into a float net')
+        norm = configs[name].batchnorm
+        if norm is not None and not isinstance(blocks.get(norm), nn.BatchNorm):
+            raise ValueError(f'{path}: the file has the BatchNorm {norm!r} folded into {name!r}, the net has '
+                             f'{type(blocks[norm]).__name__ if norm in blocks else "nothing"} there')
         if found != float_class:
             raise ValueError(f'{path}: layer {name!r} is a {float_class} in the file, but {found} in the net')
     extra = [name for name in converted if name not in classes]

@@ -3,18 +3,19 @@ import logging
 from contextlib import contextmanager
 from dataclasses import replace
 
-import mxnet as mx
 from mxnet import nd
-from mxnet.gluon import HybridBlock, nn
+from mxnet.gluon import Block, HybridBlock, SymbolBlock, nn
+from mxnet.gluon.nn.conv_layers import _Conv
 
 from .batchnorm import Layer, Settings, factor_and_shift, pairs
 from .convert import clear_caches
 from .graph import GraphNet
-from .layers import FoldedBatchNorm, QuantizedLayer, fold_layer, named_blocks, quantizers
+from .layers import QuantizedLayer, fold_layer, layers, named_blocks, quantizers
 from .trace import traced
 
 _log = logging.getLogger(__name__)
 MODES = ('merge', 'frozen', 'batch')
+_FOLDABLE = (nn.Dense, _Conv)
 
 
 def fold(net, mode='merge'):
@@ -49,7 +50,14 @@ def fold(net, mode='merge'):
     """
     if mode not in MODES:
         raise ValueError(f'mode={mode!r}: pass one of {", ".join(map(repr, MODES))}')
-    told = _fold_graph(net, mode) if isinstance(net, GraphNet) else _fold_blocks(net, mode)
+    if not isinstance(net, Block):
+        raise TypeError(f'{type(net).__name__} is no HybridBlock; gq.graph.as_graph makes one of a symbol')
+    graphs = {path: block for path, block in named_blocks(net) if isinstance(block, GraphNet)}
+    if graphs:
+        told = {'.'.join(filter(None, (path, name))): what for path, graph in graphs.items()
+                for name, what in _fold_graph(graph, mode).items()}
+    else:
+        told = _fold_blocks(net, mode)
     for name, what in told.items():
         _log.info('%s %s', name, what)
     if not any(what.startswith(('folded', 'merged')) for what in told.values()):
@@ -59,21 +67,18 @@ def fold(net, mode='merge'):
 
 
 def _fold_graph(net, mode):
-    if mode == 'merge':
-        return net.merge_batchnorm()
-    told = net.fold_batchnorm()
-    net.freeze_batchnorm(mode == 'frozen')
-    return told
+    return net.merge_batchnorm() if mode == 'merge' else net.fold_batchnorm(mode == 'frozen')
 
 
 def _fold_blocks(net, mode):
+    if isinstance(net, SymbolBlock):
+        raise TypeError('a SymbolBlock has no layers: fold gq.graph.as_graph(net)')
     if not isinstance(net, HybridBlock):
         raise TypeError(f'{type(net).__name__} is no HybridBlock: fold its parts')
     blocks = dict(named_blocks(net))
-    by_weight = {block.weight.name: path for path, block in blocks.items()
-                 if isinstance(getattr(block, 'weight', None), mx.gluon.Parameter)}
+    by_weight = {block.weight.name: path for path, block in blocks.items() if isinstance(block, _FOLDABLE)}
     by_gamma = {block.gamma.name: path for path, block in blocks.items() if isinstance(block, nn.BatchNorm)}
-    with _without_quantizers(net):
+    with _as_float(net):
         graph, error = traced(net)
     if graph is None:
         raise TypeError(f'{type(net).__name__} cannot be traced: {error}')
@@ -84,21 +89,27 @@ def _fold_blocks(net, mode):
     folds += [(path, block.config.batchnorm, block.operator) for path, block in blocks.items()
               if isinstance(block, QuantizedLayer) and block.config.fold == 'folded']
     if mode != 'merge':
-        folds = [(path, norm, op) for path, norm, op in folds if not isinstance(blocks[norm], FoldedBatchNorm)]
-        for path, _, _ in folds:
-            if not isinstance(blocks[path], QuantizedLayer):
-                raise ValueError(f'layer {path!r} is float: convert the net first, or merge')
+        floats = [(path, norm) for path, norm, _ in folds if not isinstance(blocks[path], QuantizedLayer)]
+        if floats and len(floats) == len(folds):
+            raise ValueError(f'layer {floats[0][0]!r} is float: convert the net first, or merge')
+        told.update((norm, f'stays: {path!r} is float') for path, norm in floats)
+        folds = [fold for fold in folds if isinstance(blocks[fold[0]], QuantizedLayer)]
     else:
-        for parameter in net.collect_params().values():
-            if parameter._data is None and not hasattr(parameter, 'prepare'):
-                raise RuntimeError(f'Parameter {parameter.name!r} has no value yet: run one batch through the net, or '
-                                   'load its Parameters')
+        for path, norm, _ in folds:
+            for parameter in (blocks[path].weight, *_parameters(blocks[norm])):
+                if parameter._data is None:
+                    raise RuntimeError(f'Parameter {parameter.name!r} has no value yet: run one batch through the net, '
+                                       'or load its Parameters')
+        nd.waitall()        # a static graph does not tell that it writes running statistics
     for path, norm, op in folds:
         if mode == 'merge':
             _merge(blocks[path], blocks[norm], norm, op)
         else:
             blocks[norm]._kwargs['use_global_stats'] = mode == 'frozen'
+            told[norm] = f'folded into {path!r}'
             layer = blocks[path]
+            if layer.config.fold == 'folded':
+                continue
             layer.config = replace(layer.config, batchnorm=norm, fold='folded')
             fold_layer(layer, blocks[norm])
             layer.weight_quantizer.renew()
@@ -108,22 +119,31 @@ def _fold_blocks(net, mode):
 
 
 @contextmanager
-def _without_quantizers(net):
+def _as_float(net):
+    """Let quantized layers be what they were for a while; those with a factor for their weight only skip quantizers."""
+    quantized = {layer: type(layer) for layer in layers(net).values() if layer.weight_factor is None}
     found = list(quantizers(net).values())
     try:
+        for layer, cls in quantized.items():
+            layer.__class__ = cls.float_class
         for quantizer in found:
             quantizer.forward = lambda x: x
         yield
     finally:
+        for layer, cls in quantized.items():
+            layer.__class__ = cls
         for quantizer in found:
             del quantizer.forward
+
+
+def _parameters(norm):
+    return norm.gamma, norm.beta, norm.running_mean, norm.running_var
 
 
 def _merge(layer, norm, norm_path, op):
     """Change the Parameters of a layer by those of the BatchNorm behind it."""
     geometry, settings = Layer.of(op, getattr(layer, '_kwargs', {})), Settings.of(norm._kwargs)
-    values = [parameter._reduce().asnumpy() for parameter in (norm.gamma, norm.beta, norm.running_mean,
-                                                              norm.running_var)]
+    values = [parameter._reduce().asnumpy() for parameter in _parameters(norm)]
     bias = None if layer.bias is None else layer.bias._reduce().asnumpy()
     factor, shift = factor_and_shift(settings, *values, bias=bias)
     factor = factor.reshape(geometry.along_weight)
@@ -132,8 +152,9 @@ def _merge(layer, norm, norm_path, op):
         how = 'merged' if layer.config.fold == 'folded' or layer.weight_quantizer.grid is None else 'scaled'
         layer.config = replace(layer.config, batchnorm=norm_path, fold=how)
     fold_layer(layer, norm, how)
-    layer.bias.set_data(nd.array(shift))
+    dtype = layer.weight.dtype
+    layer.bias.set_data(nd.array(shift, dtype=dtype))
     if how == 'scaled':
-        layer.weight_factor.set_data(nd.array(factor))
+        layer.weight_factor.set_data(nd.array(factor, dtype=dtype))
     else:
-        layer.weight.set_data(nd.array(layer.weight._reduce().asnumpy() * factor))
+        layer.weight.set_data(nd.array(layer.weight._reduce().asnumpy() * factor, dtype=dtype))

@@ -7,7 +7,7 @@ from .batchnorm import parts
 from .graph import GraphNet
 from .graph.names import bound_variable
 from .layers import LAYERS, QuantizedLayer, named_blocks
-from .symbol_graph import FOLDED
+from .symbol_graph import FOLDED, QUANTIZE
 from .table import aligned
 from .trace import LAYER_OPS
 
@@ -68,7 +68,7 @@ def summary(net):
     for path, block in named_blocks(net):
         if isinstance(block, GraphNet):
             rows += [_node_row(block, node) for node in block.graph.nodes()
-                     if node.op in _LAYERS or any(block.quantizers_of(node)[0])]
+                     if node.op in _LAYERS or any(entry.node.op == QUANTIZE for entry in node.inputs)]
         elif isinstance(block, QuantizedLayer) or type(block) in LAYERS:
             rows.append(_row(path, block))
     return Summary(tuple(rows))

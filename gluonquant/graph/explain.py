@@ -55,11 +55,12 @@ def decisions_about(plan, placed, refused, passed):
     """
     own = {(wish.reader, wish.slot): wish for wish in [*plan.weights, *plan.wishes]}
     groups = {found.group: found.path for found in placed.values()}
+    refusals = {row.node: row.reason for row in plan.decisions if not row.input}
     found, quantized = [], set()
 
     def note(reader, entry, path, reason):
-        if path is not None and reader.op not in plan.ops:
-            reason = f'{reader.op} is not among ops, but reads what is stored quantized: {reason}'
+        if path is not None and plan.paths[reader] in refusals:
+            reason = f'{refusals[plan.paths[reader]]}, but reads what is stored quantized: {reason}'
             quantized.add(plan.paths[reader])
         found.append(Decision(plan.paths[reader], reader.op, plan.tensor(entry), path, reason))
     for edge, made in placed.items():
@@ -81,4 +82,4 @@ def decisions_about(plan, placed, refused, passed):
         else:
             note(wish.reader, entry, behind.get(out), f'{wish.reason}; {wish.reader.op} runs on codes as on values, so '
                  'the quantizer stands behind it')
-    return [decision for decision in plan.decisions if decision.node not in quantized] + found
+    return [row for row in plan.decisions if row.input or row.node not in quantized] + found

@@ -62,15 +62,16 @@ def _merge_pair(graph, layer, norm, folded, arrays):
     if arrays is not None:
         values = [None if key is None else _float64(arrays[key]) for key in names]
         factor, shift = factor_and_shift(settings, *values[2:], bias=values[1])
-        changed[bias.node.name] = shift.astype('float32')
+        dtype = arrays[source.name].dtype
+        changed[bias.node.name] = shift.astype(dtype)
         factor = factor.reshape(geometry.along_weight)
     if quantized and not folded:
         scaled = graph.add('null', f'{layer.name}_factor', [])
         weight = Entry(graph.add('broadcast_mul', f'{layer.name}_scaled', [weight, Entry(scaled)]))
         if arrays is not None:
-            changed[scaled.name] = factor.astype('float32')
+            changed[scaled.name] = factor.astype(dtype)
     elif arrays is not None:
-        changed[source.name] = (values[0] * factor).astype('float32')
+        changed[source.name] = (values[0] * factor).astype(dtype)
     graph.connect(layer, [layer.inputs[0], weight, bias])
     graph.redirect(Entry(norm), Entry(layer))
     return changed

@@ -31,6 +31,7 @@ from ..symbol_graph import (
 from ..trace import LAYER_OPS
 from .fold import merge
 from .names import bound_variable, layer_path, short_name
+from .target import grids
 
 
 class Decision(NamedTuple):
@@ -79,7 +80,7 @@ class GraphNet(FusedGraph, HybridBlock):
         self.scope = dict(scope or {})
         self.decisions = list(decisions)
         self._variables = {path: name for name, path in self.paths.items()}
-        self._nodes, self._prefixes = None, set()
+        self._nodes, self._grids, self._prefixes = None, None, set()
         for name, parameter in parameters.items():
             self.params.update({parameter.name: parameter})
             self._reg_params[self.paths[name]] = parameter
@@ -87,6 +88,7 @@ class GraphNet(FusedGraph, HybridBlock):
         for node in graph.nodes():
             if node.op == QUANTIZE or 'quantizer' in node.attrs:
                 self._add_quantizer(node)
+                self._children[node.attrs['quantizer']].tensors.append(short_name(node.inputs[0].node.name, self.scope))
 
     def _check_variables(self):
         variables = self.graph.variables()
@@ -121,7 +123,7 @@ class GraphNet(FusedGraph, HybridBlock):
         like = next(iter(self.params.values()), None) if bound is None else bound
         for parameter in quantizer.params.values():
             parameter.like = like
-        quantizer.nested, quantizer.where = True, path
+        quantizer.nested, quantizer.where, quantizer.tensors = True, path, []
         self.register_child(quantizer, path)
 
     def _free_prefix(self, path):
@@ -158,11 +160,10 @@ class GraphNet(FusedGraph, HybridBlock):
         return self._reg_params[self.paths[name]]
 
     def quantizer(self, entry):
-        """The quantizer that a tensor is the output of, or None."""
-        node = entry.node
-        if node.op == 'broadcast_mul' and node.inputs[0].node.op == QUANTIZE:   # merged BatchNorm
-            node = node.inputs[0].node
-        return self._children[node.attrs['quantizer']] if node.op == QUANTIZE else None
+        """The quantizer on whose grid a tensor lies, or None: directly, or behind what only moves values."""
+        if self._grids is None:
+            self._grids = grids(self.graph)
+        return self._children.get(self._grids.get(entry.node))
 
     def quantizers_of(self, node):
         """(quantizers of the inputs, None for float ones; quantizer of the weight, or None) of an operator."""
@@ -186,7 +187,7 @@ class GraphNet(FusedGraph, HybridBlock):
     def rewriting(self):
         """Around changes of the graph: what was traced before is forgotten."""
         yield self.graph
-        self._nodes = None
+        self._nodes = self._grids = None
         self._clear_cached_op()
 
     def hybrid_forward(self, F, x, /, *args, **params):
@@ -206,22 +207,32 @@ class GraphNet(FusedGraph, HybridBlock):
                 if node.op == 'BatchNorm':
                     node.attrs['use_global_stats'] = str(bool(frozen))
                 elif node.op == FOLDED:
-                    norm = json.loads(node.attrs['norm'])
-                    norm['attrs']['use_global_stats'] = str(bool(frozen))
-                    node.attrs['norm'] = json.dumps(norm)
+                    _freeze_folded(node, frozen)
 
-    def fold_batchnorm(self):
-        """Fold each BatchNorm into the layer before it, for training; returns what became of each, {node: sentence}."""
+    def fold_batchnorm(self, frozen=True):
+        """Fold each BatchNorm into the layer before it, for training; returns what became of each, {node: sentence}.
+
+        ``frozen``: with running statistics; those that are folded already become so, too, or cease to be.
+        """
         found, refused = pairs(self.graph)
+        told = {norm.name: f'folded into {self.label(layer)!r}' for layer, norm in found}
+        told.update((norm.name, f'stays: {reason}') for norm, reason in refused.items())
         with self.rewriting() as graph:
+            for node in graph.nodes():
+                if node.op == FOLDED:
+                    told[node.name] = f'folded into {self.label(node)!r}'
+                    _freeze_folded(node, frozen)
             for layer, norm in found:
+                channels = int(layer.attrs.get('num_filter', layer.attrs.get('num_hidden', 0)))
+                for entry in norm.inputs[1:]:
+                    self.parameter(entry.node.name).shape = (channels,)     # which nothing else would tell any more
                 node = graph.fold(layer, norm)
+                _freeze_folded(node, frozen)
                 if 'quantizer' in node.attrs:
                     quantizer = self._children[node.attrs['quantizer']]
                     self._bind(node, quantizer, quantizer.bound)
                     quantizer.renew()
-        return self._told({**{norm.name: f'folded into {layer.name!r}' for layer, norm in found},
-                           **{norm.name: f'stays: {reason}' for norm, reason in refused.items()}})
+        return self._told(told)
 
     def merge_batchnorm(self):
         """Merge each BatchNorm into new Parameters; returns what became of each, {node: sentence}."""
@@ -229,6 +240,7 @@ class GraphNet(FusedGraph, HybridBlock):
             if parameter._data is None:
                 raise RuntimeError(f'Parameter {parameter.name!r} has no value yet: run one batch through the net, or '
                                    'load its Parameters')
+        mx.nd.waitall()     # a static graph does not tell that it writes running statistics
         with self.rewriting() as graph:
             arrays, told = merge(graph, {name: self.parameter(name)._reduce() for name in self.paths})
             self._take(arrays)
@@ -247,17 +259,24 @@ class GraphNet(FusedGraph, HybridBlock):
 
     def _shortened(self, sentence):
         """A sentence with short names between its quotes."""
+        labels = {node.name: self.label(node) for node in self.graph.nodes()}
         parts = sentence.split("'")
-        parts[1::2] = [short_name(name, self.scope) for name in parts[1::2]]
+        parts[1::2] = [labels.get(name, name) for name in parts[1::2]]
         return "'".join(parts)
 
     def _take(self, arrays):
         """Give the variables in ``arrays`` Parameters of their own, and forget those that nothing reads any more."""
         contexts = next(iter(self.params.values())).list_ctx()
         variables = self.graph.variables()
-        for name, parameter in make_parameters(self.graph, arrays, {name: mx.nd.array(array) for name, array in
-                                                                    arrays.items()}).items():
+        for name, parameter in make_parameters(self.graph, arrays, {name: mx.nd.array(array, dtype=array.dtype)
+                                                             for name, array in arrays.items()}).items():
             parameter.reset_ctx(contexts)
+            if name in self.paths:
+                before = self.parameter(name)
+                parameter.lr_mult, parameter.wd_mult = before.lr_mult, before.wd_mult
+                parameter.grad_req = before.grad_req
+            elif self.graph.readers(variables[name])[0].op == 'broadcast_mul':      # the factor of a merged BatchNorm
+                parameter.grad_req = 'null'
             path = self.paths.get(name) or self._new_path(variables[name])
             self.paths[name], self._reg_params[path] = path, parameter
         self.paths = {name: path for name, path in self.paths.items() if name in variables}
@@ -374,6 +393,12 @@ class GraphNet(FusedGraph, HybridBlock):
     def __repr__(self):
         count = len(self._children)
         return f'GraphNet({", ".join(self.inputs)}: {len(self.graph.nodes())} nodes, {count} quantizers)'
+
+
+def _freeze_folded(node, frozen):
+    norm = json.loads(node.attrs['norm'])
+    norm['attrs']['use_global_stats'] = str(bool(frozen))
+    node.attrs['norm'] = json.dumps(norm)
 
 
 def _cloned(parameter, memo):

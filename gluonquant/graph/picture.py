@@ -10,7 +10,7 @@ from ..symbol_graph import FOLDED, QUANTIZE, VARIABLE
 from ..trace import LAYER_OPS
 from .place import SUMS
 from .repeat import runs
-from .target import passes
+from .target import grids
 
 # Stand in the box of the layer, the sum or the like that they read, if nothing else reads it.
 CONTINUING = ('Activation', 'BatchNorm', 'Dropout', 'LeakyReLU', 'clip', 'hard_sigmoid', 'relu', 'sigmoid', 'tanh')
@@ -87,7 +87,7 @@ class _Reader:
         self.shared = {path: number for number, path in
                        enumerate((path for path, count in uses.items() if count > 1), 1)}
         self.box_of = {}        # nodes that come from Parameters alone have none
-        self.grids = {}         # {node: the path of the quantizer on whose grid it lies}
+        self.grids = {node: path for node, path in grids(self.graph).items() if path in self.quantizers}
 
     def boxes(self):
         """One for each input, operator and output, each behind its inputs."""
@@ -96,7 +96,6 @@ class _Reader:
             drawn = [entry for entry in node.inputs if entry.node in self.box_of]
             if node.name in self.net.paths if node.op == VARIABLE else node.inputs and not drawn:
                 continue
-            self._note_grid(node)
             if self._continues(node, drawn):
                 box = self.box_of[node] = self.box_of[drawn[0].node]
                 box.after.append(_title(node.op, node.attrs))
@@ -118,13 +117,6 @@ class _Reader:
         if node.op not in CONTINUING or len(drawn) != 1 or len(self.graph.readers(drawn[0].node)) > 1:
             return False
         return drawn[0].node.op in (LAYER_OPS if node.op == 'BatchNorm' else CONTINUED)
-
-    def _note_grid(self, node):
-        if node.op == QUANTIZE and node.attrs['quantizer'] in self.quantizers:
-            self.grids[node] = node.attrs['quantizer']
-        elif passes(node) or node.op == 'Concat':
-            grids = {self.grids.get(entry.node) for entry in (node.inputs if node.op == 'Concat' else node.inputs[:1])}
-            self.grids[node] = grids.pop() if len(grids) == 1 else None
 
     def _box(self, node):
         name = self.net.label(node)

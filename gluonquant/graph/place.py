@@ -2,6 +2,7 @@
 from typing import Any, List, NamedTuple, Optional
 
 from ..symbol_graph import Entry, Node
+from ..trace import LAYER_OPS
 from .target import passes
 
 SUMS = ('elemwise_add', 'broadcast_add', 'add_n')
@@ -150,7 +151,7 @@ def _without_fused_sums(target, graph, wishes, refused, label):
 def _layer_before(graph, entry):
     """The layer that ``entry`` is the output of, directly or behind BatchNorm, if nothing else reads it."""
     while len(graph.readers(entry.node)) == 1:
-        if entry.node.op in ('Convolution', 'FullyConnected', 'Deconvolution'):
+        if entry.node.op in LAYER_OPS:
             return entry.node
         if entry.node.op != 'BatchNorm':
             return None
@@ -172,8 +173,8 @@ def _outputs(target, graph, wishes, base, label):
         entry = Entry(node)
         while True:     # what the engine does in one go with the operator, or on codes, comes before the quantizer
             readers = graph.readers(entry.node)
-            if len(readers) != 1 or not (readers[0].op == 'BatchNorm' or _is_relu(readers[0])
-                                         or _carried(target, readers[0])):
+            if len(readers) != 1 or not (readers[0].op == 'BatchNorm' and entry.node.op in LAYER_OPS or
+                                         _is_relu(readers[0]) or _carried(target, readers[0])):
                 break
             entry = Entry(readers[0])
         if any(reader in before for reader in graph.readers(entry.node)):

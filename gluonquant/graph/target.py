@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from typing import Optional, Tuple
 
 from ..registry import nearest
+from ..symbol_graph import QUANTIZE, VARIABLE
 
 # What runs on codes as well as on values, so that its output stays on the grid of its input.
 PASSING = frozenset({'Reshape', 'Flatten', 'transpose', 'SwapAxis', 'expand_dims', 'squeeze', '_copy', 'BlockGrad',
@@ -28,7 +29,8 @@ class Target:
         Which inputs of a sum are quantized. 'shortcut': the engine computes a sum together with the convolution that
         makes one of its inputs, and only the other one is stored.
     equal : tuple of str
-        Operators all of whose inputs, and for Concat the output, share one scale.
+        Operators all of whose inputs, and for Concat the output, share one scale. Calibration sees them as one tensor;
+        in training, an average that follows the data advances by one tensor after the other.
     outputs : bool
         Whether the output of each integer operator is quantized even if what reads it is not an integer operator.
     """
@@ -58,6 +60,20 @@ def find(target):
         raise ValueError(f'unknown target {target!r}.{nearest(target, TARGETS)} Known targets: '
                          f'{", ".join(sorted(TARGETS))}')
     return TARGETS[target]
+
+
+def grids(graph):
+    """{node: path of the quantizer on whose grid its outputs lie} of the nodes whose outputs lie on one."""
+    found = {}
+    for node in graph.nodes():
+        if node.op == QUANTIZE:
+            found[node] = node.attrs['quantizer']
+        elif passes(node) or node.op == 'Concat':
+            before = {found.get(entry.node) for entry in (node.inputs if node.op == 'Concat' else node.inputs[:1])}
+            found[node] = before.pop() if len(before) == 1 else None
+        elif node.op == 'broadcast_mul' and node.inputs[0].node.op == QUANTIZE and node.inputs[1].node.op == VARIABLE:
+            found[node] = found[node.inputs[0].node]        # a weight and the factor of a merged BatchNorm
+    return found
 
 
 def passes(node):

@@ -68,7 +68,7 @@ def fold_layer(layer, norm, how='folded'):
 
 
 def _add_constant(layer, name, shape, init, grad_req):
-    parameter = layer.params.get(name, shape=shape, init=init, grad_req=grad_req)
+    parameter = layer.params.get(name, shape=shape, init=init, grad_req=grad_req, dtype=layer.weight.dtype)
     if layer.weight._data is not None:
         parameter.initialize(ctx=layer.weight.list_ctx())
     setattr(layer, name, parameter)

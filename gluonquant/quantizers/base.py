@@ -68,6 +68,7 @@ class Quantizer(Fusable, HybridBlock):
         self.where = self.name          # `convert` puts the path of the layer here, for messages
         self._bound = ()                # the weight Parameter, by `bind`
         self.nested = False             # inside a net: `calibrate` is the way to set ranges
+        self.tensors = []               # names of what it quantizes in a graph, where it may be several
         self._dtype = 'float32'
         self._known_ready = self._warned = False
         with self.name_scope():

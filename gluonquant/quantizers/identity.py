@@ -17,6 +17,7 @@ class Identity(HybridBlock):
         super().__init__(prefix=prefix, params=params)
         self.nested = False
         self.where = self.name
+        self.tensors = []
 
     def bind(self, weight, read=None):
         """Nothing to remember."""
