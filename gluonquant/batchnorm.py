@@ -114,19 +114,32 @@ def factor_and_shift(settings, gamma, beta, mean, var, bias=None):
     return factor, (bias - mean) * factor + beta
 
 
-def folded_weight(F, geometry, settings, weight, gamma, var):
+def folded_weight(F, geometry, settings, weight, gamma, var, dtype='float32'):
     """k w."""
+    weight, gamma, var = _wide(F, dtype, weight, gamma, var)
     gamma, running = _gamma_and_deviation(F, settings, gamma, var)
     product = F.broadcast_mul(weight, F.reshape(gamma / running, shape=geometry.along_weight))
     # Adding zeros of the weight lets MXNet infer its shape from the layer, against the direction of the product.
-    return product + F.zeros_like(weight)
+    return _narrow(F, dtype, product + F.zeros_like(weight))
 
 
 def _gamma_and_deviation(F, settings, gamma, var):
     return F.ones_like(gamma) if settings.fix_gamma else gamma, F.sqrt(F.BlockGrad(var) + settings.eps)
 
 
-def folded(F, run, quantize, geometry, settings, x, weight, bias, gamma, beta, mean, var):
+def _wide(F, dtype, *tensors):
+    """Tensors in the type that a net of ``dtype`` folds in: BatchNorm is float32 in a net of float16."""
+    if dtype == 'float32':
+        return tensors
+    wide = 'float64' if dtype == 'float64' else 'float32'
+    return [None if tensor is None else F.cast(tensor, wide) for tensor in tensors]
+
+
+def _narrow(F, dtype, tensor):
+    return F.cast(tensor, dtype) if dtype == 'float16' else tensor
+
+
+def folded(F, run, quantize, geometry, settings, x, weight, bias, gamma, beta, mean, var, dtype='float32'):
     """A layer and its BatchNorm with the folded weight quantized, differentiable in all of their Parameters.
 
     Frozen: run(x, quantize(k w)) + (b - mean) k + beta. Else the output is that of the batch's statistics, although the
@@ -141,25 +154,29 @@ def folded(F, run, quantize, geometry, settings, x, weight, bias, gamma, beta, m
     geometry : Layer
     settings : Settings
     x : tensor; the others as the layer's and the BatchNorm's Parameters, bias may be None
+    dtype : str, of the layer
     """
-    quantized = quantize(folded_weight(F, geometry, settings, weight, gamma, var))
+    quantized = quantize(folded_weight(F, geometry, settings, weight, gamma, var, dtype))
+    states = mean, var
+    bias, gamma, beta, mean, var = _wide(F, dtype, bias, gamma, beta, mean, var)
     gamma, running = _gamma_and_deviation(F, settings, gamma, var)
     factor = gamma / running
     centre = F.BlockGrad(mean) if bias is None else F.BlockGrad(mean) - bias
     if settings.frozen:
-        return run(x, quantized, beta - centre * factor)
-    plain = run(x, weight, None)
+        return run(x, quantized, _narrow(F, dtype, beta - centre * factor))
+    plain, = _wide(F, dtype, run(x, weight, None))
     batch_mean = F.mean(plain, axis=1, exclude=True)
     centred = F.broadcast_sub(plain, F.reshape(batch_mean, shape=geometry.along_output))
     batch_var = F.mean(F.square(centred), axis=1, exclude=True)
-    training = Q.is_training(F)
-    training = F.broadcast_mul(F.ones_like(running), training)
+    flag, = _wide(F, dtype, Q.is_training(F))
+    training = F.broadcast_mul(F.ones_like(running), flag)
     deviation = F.where(training, F.sqrt(batch_var + settings.eps), running)
     shift = beta - F.where(training, batch_mean, centre) * gamma / deviation
     seen_mean = batch_mean if bias is None else batch_mean + bias
-    for state, seen in ((mean, seen_mean), (var, batch_var)):
-        old, seen = F.BlockGrad(state), F.BlockGrad(seen)
+    for state, old, seen in zip(states, (mean, var), (seen_mean, batch_var)):
+        old, seen = F.BlockGrad(old), F.BlockGrad(seen)
         blended = settings.momentum * old + (1 - settings.momentum) * seen
         shift = shift + 0 * Q.assign(F, state, F.where(training, blended, old))
-    out = F.broadcast_mul(run(x, quantized, None), F.reshape(running / deviation, shape=geometry.along_output))
-    return F.broadcast_add(out, F.reshape(shift, shape=geometry.along_output))
+    out, = _wide(F, dtype, run(x, quantized, None))
+    out = F.broadcast_mul(out, F.reshape(running / deviation, shape=geometry.along_output))
+    return _narrow(F, dtype, F.broadcast_add(out, F.reshape(shift, shape=geometry.along_output)))

@@ -20,7 +20,8 @@ def calibrate(net, loader, batches=10, *, observer=None, table=None, forward=Non
     """Set every range of a converted net from data.
 
     The net runs unhybridized, in inference mode and without any quantization; what was hybridized is so again
-    afterwards. Ranges of weights (LSQ, QIL) are set from the present weights.
+    afterwards. Ranges of weights (LSQ, QIL) are set from the present weights. A range that several tensors share and
+    that would follow the data in training (int8, affine, GDRQ; see `Target`) is that of all of them, and is frozen.
 
     Parameters
     ----------
@@ -83,6 +84,9 @@ def calibrate(net, loader, batches=10, *, observer=None, table=None, forward=Non
                if quantizer.grid is not None]
     for quantizer, initial in values:
         quantizer.write(**initial)
+    for quantizer in inputs.values():
+        if quantizer.tensors[1:] and quantizer.follows and quantizer.calibrated:
+            quantizer.freeze()      # in training its average would follow one tensor after the other
     empty = [path for path, seen in watching.items() if seen.count and not inputs[path].calibrated]
     if empty:
         _log.warning('only zeros reached %s: still without a range', ', '.join(empty))

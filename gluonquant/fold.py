@@ -81,11 +81,19 @@ def _fold_blocks(net, mode):
     with _as_float(net):
         graph, error = traced(net)
     if graph is None:
-        raise TypeError(f'{type(net).__name__} cannot be traced: {error}')
+        raise TypeError(f'{type(net).__name__} cannot be traced: {error}. For a net of several inputs, fold '
+                        'gq.graph.as_graph(net, inputs=(...))')
     found, refused = pairs(graph)
     told = {by_gamma.get(norm.inputs[1].node.name, norm.name): f'stays: {reason}' for norm, reason in refused.items()}
-    folds = [(by_weight[layer.inputs[1].node.name], by_gamma[norm.inputs[1].node.name], layer.op) for layer, norm in
-             found if layer.inputs[1].node.name in by_weight and norm.inputs[1].node.name in by_gamma]
+    folds = []
+    for layer, norm in found:
+        path, norm = by_weight.get(layer.inputs[1].node.name), by_gamma.get(norm.inputs[1].node.name)
+        if path is None or norm is None:
+            continue
+        if getattr(blocks[path], 'config', None) is not None and blocks[path].config.fold is not None:
+            told[norm] = f'stays: another BatchNorm is folded into {path!r}'
+        else:
+            folds.append((path, norm, layer.op))
     folds += [(path, block.config.batchnorm, block.operator) for path, block in blocks.items()
               if isinstance(block, QuantizedLayer) and block.config.fold == 'folded']
     if mode != 'merge':

@@ -1,8 +1,11 @@
 """`reestimate_batchnorm`: running statistics anew, from data."""
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any, NamedTuple
 
+import numpy as np
 from mxnet import autograd, nd
+from mxnet.gluon import Block, Parameter
 
 from .calibrate import batch_tensor
 from .graph import GraphNet
@@ -38,9 +41,11 @@ def reestimate_batchnorm(net, loader, batches=20, *, forward=None):
     norms = _norms(net)
     if not norms:
         raise ValueError(f'{type(net).__name__} has no BatchNorm with statistics of its own')
-    seen = {name: _Moments() for name in norms}
+    # One BatchNorm may stand in several places of a graph.
+    moments = {id(norm.mean): _Moments() for norm in norms}
+    seen = {norm.place: moments[id(norm.mean)] for norm in norms}
     count = 0
-    with unhybridized(net), _watching(net, norms, seen), autograd.pause(train_mode=False):
+    with unhybridized(net), _watching(net, seen), autograd.pause(train_mode=False):
         for batch in islice(loader, batches):
             count += 1
             if forward is not None:
@@ -49,14 +54,13 @@ def reestimate_batchnorm(net, loader, batches=20, *, forward=None):
                 net(batch_tensor(batch, net))
     if not count:
         raise ValueError('the loader gave no batch: nothing to estimate from')
-    values = {name: moments.result() for name, moments in seen.items() if moments.count}
-    for name, (mean, var) in values.items():
-        if not bool(((mean.abs() < 3e38) * (var.abs() < 3e38)).min().asscalar()):
-            raise ValueError(f'{name}: the statistics are not finite. Go back to an earlier checkpoint')
-    for name, (mean, var) in values.items():
-        running_mean, running_var = norms[name][1]
-        running_mean.set_data(mean)
-        running_var.set_data(var)
+    values = [(norm, *seen[norm.place].result()) for norm in norms if seen[norm.place].count]
+    for norm, mean, var in values:
+        if not (np.isfinite(mean).all() and np.isfinite(var).all()):
+            raise ValueError(f'{norm.name}: the statistics are not finite. Go back to an earlier checkpoint')
+    for norm, mean, var in values:
+        norm.mean.set_data(nd.array(mean, dtype=norm.mean.dtype))
+        norm.var.set_data(nd.array(var, dtype=norm.var.dtype))
     return net
 
 
@@ -67,38 +71,46 @@ class _Moments:
         self.count, self._mean, self._square = 0, 0, 0
 
     def update(self, mean, var):
+        mean, var = (array.asnumpy().astype('float64') for array in (mean, var))
         self.count += 1
-        self._mean = self._mean + mean.astype('float64')
-        self._square = self._square + (var + nd.square(mean)).astype('float64')
+        self._mean = self._mean + mean
+        self._square = self._square + (var + mean ** 2)
 
     def result(self):
         mean = self._mean / self.count
-        return mean.astype('float32'), (self._square / self.count - nd.square(mean)).astype('float32')
+        return mean, self._square / self.count - mean ** 2
+
+
+class _Norm(NamedTuple):
+    """A BatchNorm with statistics of its own: its name, the block or node, the Parameters."""
+    name: str
+    place: Any
+    mean: Parameter
+    var: Parameter
 
 
 def _norms(net):
-    """{name: (block or node, (running mean, running variance))} of every BatchNorm with statistics of its own."""
-    found = {path: (block, (block.running_mean, block.running_var)) for path, block in batchnorms(net).items()
-             if not isinstance(block, FoldedBatchNorm)}
-    for _, block in named_blocks(net):
+    found = [_Norm(path, block, block.running_mean, block.running_var) for path, block in batchnorms(net).items()
+             if not isinstance(block, FoldedBatchNorm)]
+    for path, block in named_blocks(net):
         if isinstance(block, GraphNet):
-            found.update((block.label(node), (node, tuple(block.parameter(entry.node.name) for entry in
-                                                          node.inputs[3:5])))
-                         for node in block.graph.nodes() if node.op == 'BatchNorm')
+            for node in block.graph.nodes():
+                if node.op == 'BatchNorm':
+                    name = '.'.join(filter(None, (path, block.label(node))))
+                    found.append(_Norm(name, node, *(block.parameter(entry.node.name) for entry in node.inputs[3:5])))
     return found
 
 
 @contextmanager
-def _watching(net, norms, seen):
+def _watching(net, seen):
     """Let every BatchNorm normalize by the batch and show its statistics; undone on the way out."""
-    nodes = {norm: seen[name] for name, (norm, _) in norms.items()}
     graphs = [block for _, block in named_blocks(net) if isinstance(block, GraphNet)]
-    blocks = [norm for norm, _ in norms.values() if hasattr(norm, 'forward')]
+    blocks = [place for place in seen if isinstance(place, Block)]
     try:
         for block in blocks:
-            block.forward = _block_forward(block, nodes[block])
+            block.forward = _block_forward(block, seen[block])
         for graph in graphs:
-            graph._run = _graph_run(graph, graph._run, nodes)
+            graph._run = _graph_run(graph._run, seen)
         yield
     finally:
         for block in blocks:
@@ -110,12 +122,14 @@ def _watching(net, norms, seen):
 def _block_forward(block, moments):
     def forward(x):
         gamma, beta = (parameter.data(x.context) for parameter in (block.gamma, block.beta))
-        mean, var = _statistics(x, block._kwargs['axis'], moments)
-        return nd.BatchNorm(x, gamma, beta, mean, var, **{**block._kwargs, 'use_global_stats': True})
+        axis = block._kwargs.get('axis', 1)
+        settings = {name: block._kwargs[name] for name in ('eps', 'fix_gamma')}
+        out = nd.BatchNorm(x, gamma, beta, *_statistics(x, axis, moments), use_global_stats=True, axis=axis, **settings)
+        return nd.relu(out) if getattr(block, 'fuse_relu', False) else out
     return forward
 
 
-def _graph_run(graph, run, nodes):
+def _graph_run(run, nodes):
     def watched(F, node, inputs):
         if node not in nodes or F is not nd:
             return run(F, node, inputs)

@@ -1,5 +1,5 @@
 """Switches over a whole net. They are saved state: a checkpoint keeps them, and no graph is traced again for most."""
-from mxnet.gluon import nn
+from mxnet.gluon.nn.basic_layers import _BatchNorm
 
 from .convert import clear_caches
 from .graph import GraphNet
@@ -69,4 +69,4 @@ def freeze_batchnorm(net, frozen=True):
 
 def batchnorms(net):
     """{path: block} of the BatchNorm layers of ``net``."""
-    return {path: block for path, block in named_blocks(net) if isinstance(block, nn.BatchNorm)}
+    return {path: block for path, block in named_blocks(net) if isinstance(block, _BatchNorm)}

@@ -7,7 +7,7 @@ from ..grid import check_bits
 from ..layers import quantizers
 from ..plan import base_config
 from ..registry import nearest
-from ..symbol_graph import QUANTIZE, Entry
+from ..symbol_graph import QUANTIZE, Entry, numbered
 from . import source
 from .decide import Plan
 from .explain import decisions_about
@@ -117,10 +117,11 @@ def _insert(graph, places, role, settle, path_of):
     groups = {}
     for found in places:
         groups.setdefault(found.group, []).append(found)
-    placed = {}
+    placed, taken = {}, set()
     for group in groups.values():
         spec = settle(group[0].spec, [found.entry for found in group])
-        path = graph.free_name(path_of(group[0].entry))
+        path = next(path for path in numbered(path_of(group[0].entry)) if path not in taken)
+        taken.add(path)
         described = {**asdict(spec), 'role': role}
         if role == 'weight':
             described['axis'] = described['options'].pop('axis', 0)

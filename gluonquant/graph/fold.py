@@ -30,13 +30,15 @@ def merge(graph, arrays=None):
     ValueError
         ``arrays`` lacks a Parameter; the node is named. Nothing is changed then.
     """
-    if arrays is not None:
-        for node in graph.nodes():
-            for entry in node.inputs[1:] if node.op in ('BatchNorm', FOLDED) else ():
-                if entry.node.name not in arrays:
-                    raise ValueError(f'node {node.name!r} reads {entry.node.name!r}, for which there is no array')
     changed, told = {}, {}
     found, refused = pairs(graph)
+    if arrays is not None:
+        folded = [node for node in graph.nodes() if node.op == FOLDED]
+        for node in [*folded, *(node for pair in found for node in pair)]:
+            for entry in node.inputs[1:]:
+                source = entry.node.inputs[0].node if entry.node.op == QUANTIZE else entry.node
+                if source.name not in arrays:
+                    raise ValueError(f'node {node.name!r} reads {source.name!r}, for which there is no array')
     for node, reason in refused.items():
         told[node.name] = f'stays: {reason}'
     ready = [(layer, norm, False) for layer, norm in found]

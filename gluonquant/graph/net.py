@@ -153,7 +153,7 @@ class GraphNet(FusedGraph, HybridBlock):
         values = [self.parameter(entry.node.name).data() for entry in [node.inputs[1], *node.inputs[-4:]]]
         op, attrs, settings = parts(node)
         with mx.autograd.pause():
-            return folded_weight(mx.nd, Layer.of(op, attrs), settings, *values[:2], values[-1])
+            return folded_weight(mx.nd, Layer.of(op, attrs), settings, *values[:2], values[-1], self._dtype_of(node))
 
     def parameter(self, name):
         """The Parameter of a variable."""
@@ -316,7 +316,11 @@ class GraphNet(FusedGraph, HybridBlock):
                 return Q.computed_deconvolution(F, lambda *wide: invoke(F, layer, wide), *given)
             return invoke(F, layer, given)
         x, weight, *bias = inputs[:-4]
-        return folded(F, run, quantize, Layer.of(op, attrs), settings, x, weight, *(bias or [None]), *inputs[-4:])
+        return folded(F, run, quantize, Layer.of(op, attrs), settings, x, weight, *(bias or [None]), *inputs[-4:],
+                      dtype=self._dtype_of(node))
+
+    def _dtype_of(self, node):
+        return np.dtype(self.parameter(node.inputs[1].node.name).dtype).name
 
     def settings(self):
         """What tells this net from others: operators, edges, attributes, quantizers; not the names of nodes."""

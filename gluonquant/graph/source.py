@@ -11,7 +11,7 @@ from mxnet.gluon.block import _flatten
 from ..layers import layers, quantizers
 from ..registry import nearest
 from ..symbol_graph import FOLDED, VARIABLE, Graph, integers
-from ..trace import renew_variables
+from ..trace import LAYER_OPS, renew_variables
 from .names import layer_path, scope_of, short_name
 from .net import GraphNet, make_parameters
 
@@ -147,8 +147,9 @@ def _arrays(params):
     if params is None:
         return None
     if not isinstance(params, dict):
-        with open(params, 'rb'):        # FileNotFoundError, which MXNet would hide
-            path = os.fspath(params)
+        path = os.fspath(params)
+        with open(path, 'rb'):          # FileNotFoundError, which MXNet would hide
+            pass
         try:
             params = mx.nd.load(path)
         except mx.MXNetError as error:
@@ -218,6 +219,14 @@ def check_shapes(graph, shapes):
                                  f'takes ({wanted})')
 
 
+def _channels(layer, axis):
+    """The size of ``axis`` of a layer's output; 0 if that is not known to be its channels."""
+    wide = layer.op == 'FullyConnected' and str(layer.attrs.get('flatten', 'True')) not in ('True', 'true', '1')
+    if layer.op not in LAYER_OPS or axis != 1 or wide or layer.attrs.get('layout', 'None')[:2] not in ('No', 'NC'):
+        return 0
+    return int(layer.attrs.get('num_filter', layer.attrs.get('num_hidden', 0)))
+
+
 def _expected(node):
     """The shape of each input, 0 for sizes and None for shapes that the node's attributes do not tell."""
     attrs = node.attrs
@@ -231,6 +240,5 @@ def _expected(node):
         hidden = int(attrs['num_hidden'])
         return [None, (hidden, 0), (hidden,)]
     if node.op == 'BatchNorm':
-        layer = node.inputs[0].node.attrs
-        return [None, *[(int(layer.get('num_filter', layer.get('num_hidden', 0))),)] * 4]
+        return [None, *[(_channels(node.inputs[0].node, int(node.attrs.get('axis', 1))),)] * 4]
     return []

@@ -29,8 +29,8 @@ class Target:
         Which inputs of a sum are quantized. 'shortcut': the engine computes a sum together with the convolution that
         makes one of its inputs, and only the other one is stored.
     equal : tuple of str
-        Operators all of whose inputs, and for Concat the output, share one scale. Calibration sees them as one tensor;
-        in training, an average that follows the data advances by one tensor after the other.
+        Operators all of whose inputs, and for Concat the output, share one scale. Calibration sees them as one tensor
+        and freezes a range that would follow the data.
     outputs : bool
         Whether the output of each integer operator is quantized even if what reads it is not an integer operator.
     """

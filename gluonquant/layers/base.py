@@ -1,6 +1,7 @@
 """The difference between a float layer and its quantized version."""
 from functools import partial
 
+import numpy as np
 from mxnet import nd
 
 from .. import functional as Q
@@ -113,7 +114,7 @@ class QuantizedLayer:
         if self._norm is not None:
             values = self._norm.values(F, x)
             out = folded(F, partial(self.linear, F), self.weight_quantizer, self.geometry,
-                         Settings.of(self._norm._kwargs), x, weight, bias, *values)
+                         Settings.of(self._norm._kwargs), x, weight, bias, *values, dtype=self.dtype)
         else:
             weight = self.weight_quantizer(weight)
             if weight_factor is not None:
@@ -130,6 +131,11 @@ class QuantizedLayer:
     def linear(self, F, x, weight, bias):
         """The layer's operator alone, with a bias or None."""
         raise NotImplementedError
+
+    @property
+    def dtype(self):
+        """The name of the weight's type."""
+        return np.dtype(self.weight.dtype).name
 
     @property
     def geometry(self):
@@ -153,7 +159,7 @@ class QuantizedLayer:
         """k w, an array."""
         norm = self._norm
         return folded_weight(nd, self.geometry, Settings.of(norm._kwargs), self.weight.data(), norm.gamma.data(),
-                             norm.running_var.data())
+                             norm.running_var.data(), self.dtype)
 
     @classmethod
     def per_channel_supported(cls, layer):

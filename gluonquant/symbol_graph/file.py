@@ -1,17 +1,20 @@
 """Symbols from files: checked before MXNet sees them, since it does not survive all of them."""
 import json
+import re
 from collections import Counter
 
 import mxnet as mx
 from mxnet.base import MXNetError
 
 from .nodes import OURS, VARIABLE, Entry, Node, ancestors
-from .operators import operator, signature
+from .operators import input_names, operator, signature
 
 # What the attributes of a node have been called, in MXNet 1.0 and later and before.
 ATTRIBUTES = ('attrs', 'attr', 'param')
 _KEYS = {'op', 'name', 'inputs', 'subgraphs', 'backward_source_id', 'control_deps', *ATTRIBUTES}
 _LARGEST = 2 ** 31 - 1
+# What old versions note about an input at the operator that reads it: bias_lr_mult.
+_NOTES = re.compile(r'_*(\w+?)_+(lr_mult|wd_mult|ctx_group|force_mirroring|mirror_stage)_*')
 
 
 def parsed(text):
@@ -35,6 +38,7 @@ def _check(content):
     for place, node in enumerate(nodes):
         _check_node(place, node)
     for node in nodes:
+        _check_notes(node)
         _check_edges(f"node {node['name']!r}", node['inputs'], nodes)
         if node['op'] == VARIABLE and node['inputs']:
             raise ValueError(f"node {node['name']!r} is a variable, but reads {len(node['inputs'])} tensors")
@@ -70,6 +74,19 @@ def _check_node(place, node):
             operator(node['op'])
         except ValueError as error:
             raise ValueError(f'{name}: {error}') from None
+
+
+def _check_notes(node):
+    """ValueError for a note about an input that the node does not have: MXNet would look for it behind the last."""
+    attrs = {name: value for key in ATTRIBUTES for name, value in node.get(key, {}).items()}
+    notes = [(name, found.group(1)) for name, found in ((name, _NOTES.fullmatch(name)) for name in attrs) if found]
+    if node['op'] in (VARIABLE, *OURS) or node.get('subgraphs') or not notes:
+        return
+    settings = {name: value for name, value in attrs.items() if name not in dict(notes)}
+    known = input_names(Node(node['op'], node['name'], settings, [], []))
+    for name, about in notes:
+        if about in known[len(node['inputs']):]:
+            raise ValueError(f"node {node['name']!r} ({node['op']}) has {name!r}, but no input {about!r}")
 
 
 def _check_edges(reader, edges, nodes):

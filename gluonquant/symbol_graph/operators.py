@@ -44,6 +44,13 @@ def _counted(op, attributes):
     return len(symbol.list_inputs()), len(symbol.list_outputs())
 
 
+def input_names(node):
+    """What an operator with the attributes of ``node`` calls its inputs."""
+    signature(node)
+    made = _made(node.op, tuple(sorted(node.parameters.items())))
+    return [name[len('node_'):] for name in made.list_inputs()]
+
+
 def outputs(node):
     """How many outputs a node has."""
     if node.op in (VARIABLE, *OURS):

@@ -1,5 +1,7 @@
 """The benchmarks run, and compute from their timings what they say."""
+import attach
 import convert
+import graphs
 import kernels
 import plot
 import pytest
@@ -78,3 +80,19 @@ def test_kernels_are_timed_in_each_instruction_set_of_this_machine(tmp_path):
         # 4 bytes of x, 4 of y and a bit for each element, as the triad moves them
         assert row['gb_per_s'] / row['triad_gb_per_s'] == pytest.approx(row['share'])
         assert min(row['share'] for row in rows.values()) > 0
+
+
+def test_attaching_is_measured_and_its_growth_is_that_of_a_power(tmp_path):
+    rows = attach.measure(['alexnet'], 1)
+    assert [(row['target'], row['nodes'] > 30, row['seconds'] > 0) for row in rows] == [(None, True, True),
+                                                                                       ('onnxruntime', True, True)]
+    made = [{'model': '', 'target': None, 'nodes': nodes, 'quantizers': 1, 'seconds': 0.01 * nodes ** 1.5}
+            for nodes in (10, 20, 40)]
+    assert attach.exponent(made) == pytest.approx(1.5)
+    attach.plot(made + [{**row, 'target': 'onnxruntime'} for row in made], tmp_path / 'picture.png')
+    assert (tmp_path / 'picture.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_pictures_of_the_readme_show_a_float_and_a_quantized_net():
+    net, quantized = graphs.make_nets(size=32, batches=1)
+    assert not gq.layers.quantizers(net) and len(gq.layers.quantizers(quantized, 'weight')) == 21
