@@ -307,6 +307,32 @@ def test_what_is_explained_as_quantized_is_quantized(case):
         assert row.quantizer is None or direct or row.quantizer in read, row
 
 
+def inputs_of_operators(net, case):
+    """{name of operator: [array of each input]} as the net runs."""
+    read, run_node = {}, net._run
+
+    def look(F, node, inputs):
+        read[node.name] = [array.asnumpy() for array in inputs]
+        return run_node(F, node, inputs)
+    net._run = look
+    run(net, case)
+    return read
+
+
+@few
+@given(cases())
+def test_an_input_that_is_explained_as_quantized_holds_codes(case):
+    """What stands on a grid of n bits has 2^n different values at most, whatever it passed through."""
+    net = case.calibrated()
+    read, activations = inputs_of_operators(net, case), quantizers(net, 'activation')
+    nodes = {node.name: node for node in operators(Graph.of(case.graph.symbol))}
+    for row in gq.explain(net).rows:
+        if row.quantizer in activations and 'the quantizer stands behind it' not in row.reason:
+            for slot, entry in enumerate(nodes[row.node].inputs):
+                if row.input == entry.node.name + (f'[{entry.index}]' if entry.index else ''):
+                    assert len(np.unique(read[row.node][slot])) <= activations[row.quantizer].grid.levels, row
+
+
 @few
 @given(cases())
 def test_a_tensor_has_one_quantizer_at_most(case):
