@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import os
+import time
 import warnings
 from contextlib import suppress
 
@@ -328,27 +329,46 @@ def test_a_net_that_was_hybridized_and_has_run_is_merged(way):
     assert_near(run(gq.fold(net), images())[0], expected, FLOAT)
 
 
+class Slow(mx.operator.CustomOp):
+    """The identity, whose backward pass takes its time: what comes behind it is still to be computed meanwhile."""
+
+    def forward(self, is_train, req, in_data, out_data, aux):
+        self.assign(out_data[0], req[0], in_data[0])
+
+    def backward(self, req, out_grad, in_data, out_data, in_grad, aux):
+        time.sleep(0.3)
+        self.assign(in_grad[0], req[0], out_grad[0])
+
+
+@mx.operator.register('test_fold_slow')
+class SlowProp(mx.operator.CustomOpProp):
+    def create_operator(self, ctx, shapes, dtypes):
+        return Slow()
+
+
+@pytest.mark.parametrize('kind', ['float', 'quantized'])
 @both_ways
-def test_statistics_that_a_static_graph_is_still_writing_are_waited_for(way):
+def test_statistics_that_a_static_graph_is_still_writing_are_waited_for(way, kind):
     """Reading does not wait for what a static graph writes: `fold` has to."""
-    x = nd.array(np.random.default_rng(0).uniform(-1, 1, (8, 3, 64, 64)))
-    blocks = nn.HybridSequential()
-    for _ in range(6):
-        blocks.add(nn.Conv2D(48, 3, padding=1, use_bias=False), nn.BatchNorm(momentum=0), nn.Activation('relu'))
-    net = as_way(way, shaken(blocks, x))
-    norms = [(block.gamma, block.beta, block.running_mean, block.running_var) for block in blocks
-             if isinstance(block, nn.BatchNorm)]
+    blocks = small()
+    net = as_way(way, blocks) if kind == 'float' else quantized(way, blocks)
+    norms = {norm: (blocks[int(norm)].beta, blocks[int(norm)].running_mean, blocks[int(norm)].running_var)
+             for norm in NORMS}
+    gammas = {norm: blocks[int(norm)].gamma.data().asnumpy() for norm in NORMS}
+    biases = {layer: value for layer, value in state(net).items() if layer.endswith('bias')}
     net.hybridize(**STATIC)
-    for factor in (1, 1, 5):        # graphs are traced, and memory is planned, by the first
-        nd.waitall()
+    for op in ('identity', 'test_fold_slow'):       # the first pass traces the graph
         with autograd.record():
-            loss = net(factor * x).sum()
+            out = net(images(5))
+            loss = (nd.Custom(out, op_type=op) if op != 'identity' else out).sum()
         loss.backward()
     gq.fold(net)
     merged = state(net)
-    for number, norm in enumerate(norms):
-        gamma, beta, mean, var = (parameter.data().asnumpy().astype('float64') for parameter in norm)
-        assert_near(merged[f'{3 * number}.bias'], beta - mean * gamma / np.sqrt(var + 1e-5), FLOAT)
+    for norm, parameters in norms.items():
+        beta, mean, var = (parameter.data().asnumpy().astype('float64') for parameter in parameters)
+        bias, told = biases.get(f'{NORMS[norm]}.bias', 0), build()[int(norm)]._kwargs
+        gamma = 1 if told['fix_gamma'] else gammas[norm]
+        assert_near(merged[f'{NORMS[norm]}.bias'], beta + (bias - mean) * gamma / np.sqrt(var + told['eps']), FLOAT)
 
 
 @both_ways
@@ -967,9 +987,16 @@ def test_calibration_leaves_running_statistics_alone(way, mode):
 
 
 @every_mode
-def test_summary_lists_the_layers_of_a_folded_net(mode):
-    net = gq.fold(quantized('blocks'), mode)
+@both_ways
+def test_summary_lists_the_layers_of_a_folded_net(way, mode):
+    net = gq.fold(quantized(way), mode)
     assert [row.name for row in gq.summary(net).rows] == ['0', '3', '6', '9', '12']
+
+
+@training_modes
+def test_a_folded_graph_is_not_attached_to(mode):
+    with pytest.raises(RuntimeError, match='BatchNorm is folded already: attach first, then fold'):
+        gq.attach(gq.fold(as_graph(small()), mode))
 
 
 @pytest.mark.parametrize('mode, word', [('merge', 'merged'), ('frozen', 'folded'), ('batch', 'folded')])
@@ -1018,6 +1045,25 @@ def test_a_float_net_becomes_the_saved_one(way, mode, method, path):
     other = gq.load(path, fresh())
     assert_same(state(other), state(net))
     np.testing.assert_array_equal(run(other, images()), run(net, images()))
+
+
+@every_mode
+@both_ways
+def test_a_net_with_layers_that_stayed_float_is_saved_and_loaded(way, mode, path):
+    net = gq.fold(quantized(way, exclude=['0', '9']), mode)
+    gq.save(net, path)
+    other = gq.load(path, None if way == 'graph' else fresh())
+    np.testing.assert_array_equal(run(other, images()), run(net, images()))
+
+
+@every_mode
+@both_ways
+def test_layers_without_quantizers_for_weights_are_folded(way, mode):
+    none = {'weight': 'none', 'rules': [{'pattern': path, 'weight': 'none'} for path in ('0', '12')]}
+    net = quantized(way, **none)
+    expected, = run(net, images())
+    assert remaining(gq.fold(net, mode)) == 0
+    assert_near_on_a_grid(run(net, images())[0], expected)
 
 
 @every_mode

@@ -21,7 +21,7 @@ from gluonquant.layers import quantizers
 from gluonquant.plan import PRESETS
 from gluonquant.symbol_graph import QUANTIZE, VARIABLE, Entry, Graph, evaluate, invoke
 
-few = settings(max_examples=25, deadline=None)
+few, fewer = (settings(max_examples=count, deadline=None) for count in (25, 10))
 FURTHER_OPS = ('broadcast_add', 'broadcast_mul', 'relu', 'Activation', 'clip', 'sigmoid', 'mean', 'Dropout',
                'SliceChannel', 'BatchNorm', 'Flatten', 'Reshape', 'transpose', '_mul_scalar')
 BATCHES = 3
@@ -195,6 +195,55 @@ def test_a_saved_net_loads_without_a_net_and_computes_the_same_to_the_last_bit(c
     for made in (net, other):
         made.hybridize(hybridized)
     assert_equal_bits(run(other, case), run(net, case))
+
+
+@st.composite
+def foldable(draw):
+    """A case whose first input passes a convolution and a BatchNorm of its own first: something to fold."""
+    case = draw(cases())
+    graph, (name, *others) = case.graph, case.graph.shapes
+    assume(len(graph.shapes[name]) == 4 and 'BatchNorm' not in case.options['ops'])
+    channels, rng = graph.shapes[name][1], np.random.default_rng(draw(st.integers(0, 99)))
+    stem = mx.sym.Convolution(mx.sym.var('image'), kernel=(3, 3), pad=(1, 1), num_filter=channels, name='stem')
+    stem = mx.sym.BatchNorm(stem, fix_gamma=draw(st.booleans()), name='norm')
+    params = {'stem_weight': rng.normal(size=(channels, channels, 3, 3)), 'stem_bias': rng.normal(size=channels),
+              'norm_gamma': rng.choice([-1, 1], channels) * rng.uniform(0.5, 2, channels),
+              'norm_beta': rng.normal(size=channels), 'norm_moving_mean': rng.normal(size=channels),
+              'norm_moving_var': rng.uniform(5, 20, channels)}
+    shapes = {'image': graph.shapes[name], **{other: graph.shapes[other] for other in others}}
+    return case._replace(graph=RandomGraph(graph.symbol(**{name: stem}), {
+        **graph.params, **{key: nd.array(value) for key, value in params.items()}}, shapes))
+
+
+def assert_near(actual, expected):
+    """To the rounding errors of a dozen float32 operators."""
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * max(1, abs(other).max()))
+
+
+@fewer
+@given(foldable(), st.booleans())
+def test_a_saved_loaded_and_merged_net_computes_the_same_with_quantized_weights(case, hybridized):
+    """Activations stay float: at a rounding tie, theirs would differ by a whole step."""
+    net = case._replace(options={**case.options, 'activation': 'none'}).calibrated()
+    expected = run(net, case)
+    other = gq.fold(loaded(net))
+    other.hybridize(hybridized)
+    assert_near(run(other, case), expected)
+
+
+@fewer
+@given(foldable())
+def test_a_merged_net_without_quantization_computes_what_the_symbol_does(case):
+    assert_near(run(gq.set_mode(gq.fold(loaded(case.calibrated())), 'off'), case), computed(case.graph))
+
+
+@fewer
+@given(foldable(), st.sampled_from(['frozen', 'batch']))
+def test_a_folded_net_without_quantization_computes_what_the_symbol_does(case, mode):
+    net = case.calibrated()
+    assert_near(run(gq.set_mode(gq.fold(net, mode), 'off'), case), computed(case.graph))
 
 
 @few
