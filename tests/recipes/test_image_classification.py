@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -113,8 +114,9 @@ def test_a_killed_run_resumes_to_the_same_bits(straight, tmp_path):
 
 
 def test_interrupting_says_how_to_continue(straight, tmp_path):
+    heeded = partial(signal.signal, signal.SIGINT, signal.default_int_handler)     # jobs in the background ignore it
     process = subprocess.Popen(command(straight[0], tmp_path), env=environment(), stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)
+                               stderr=subprocess.STDOUT, text=True, preexec_fn=heeded)
     lines = []
     for line in process.stdout:
         lines.append(line)
