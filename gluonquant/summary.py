@@ -1,4 +1,5 @@
 """`summary`: one row for each layer that is, or could be, quantized."""
+import json
 import math
 from dataclasses import astuple, dataclass, fields
 from typing import Optional, Tuple
@@ -68,7 +69,7 @@ def summary(net):
     for path, block in named_blocks(net):
         if isinstance(block, GraphNet):
             rows += [_node_row(block, node) for node in block.graph.nodes()
-                     if node.op in _LAYERS or any(entry.node.op == QUANTIZE for entry in node.inputs)]
+                     if node.op in _LAYERS or _reads_quantized(node)]
         elif isinstance(block, QuantizedLayer) or type(block) in LAYERS:
             rows.append(_row(path, block))
     return Summary(tuple(rows))
@@ -85,6 +86,11 @@ def _row(path, layer):
     calibrated = 'yes' if all(part.calibrated for part in parts) else 'no'
     return Row(path, type(layer).__name__, shape, source, _describe(layer.weight_quantizer), calibrated, size,
                _packed(layer.weight_quantizer, shape, size))
+
+
+def _reads_quantized(node):
+    return any(entry.node.op == QUANTIZE and json.loads(entry.node.attrs['spec'])['role'] == 'activation'
+               for entry in node.inputs)
 
 
 def _node_row(net, node):

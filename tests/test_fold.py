@@ -1047,14 +1047,6 @@ def test_a_float_net_becomes_the_saved_one(way, mode, method, path):
     np.testing.assert_array_equal(run(other, images()), run(net, images()))
 
 
-@every_mode
-@both_ways
-def test_a_net_with_layers_that_stayed_float_is_saved_and_loaded(way, mode, path):
-    net = gq.fold(quantized(way, exclude=['0', '9']), mode)
-    gq.save(net, path)
-    other = gq.load(path, None if way == 'graph' else fresh())
-    np.testing.assert_array_equal(run(other, images()), run(net, images()))
-
 
 @every_mode
 @both_ways

@@ -20,11 +20,12 @@ from gluonquant.graph import OPS, TARGETS, as_graph
 from gluonquant.layers import quantizers
 from gluonquant.plan import PRESETS
 from gluonquant.symbol_graph import QUANTIZE, VARIABLE, Entry, Graph, evaluate, invoke
+from gluonquant.trace import LAYER_OPS
 
 few, fewer = (settings(max_examples=count, deadline=None) for count in (25, 10))
 FURTHER_OPS = ('broadcast_add', 'broadcast_mul', 'relu', 'Activation', 'clip', 'sigmoid', 'mean', 'Dropout',
                'SliceChannel', 'BatchNorm', 'Flatten', 'Reshape', 'transpose', '_mul_scalar')
-BATCHES = 3
+BATCHES = 2
 
 
 # ---------------------------------------------------------------- graphs, and nets made from them
@@ -380,6 +381,40 @@ def test_an_input_that_is_explained_as_quantized_holds_codes(case):
             for slot, entry in enumerate(nodes[row.node].inputs):
                 if row.input == entry.node.name + (f'[{entry.index}]' if entry.index else ''):
                     assert len(np.unique(read[row.node][slot])) <= activations[row.quantizer].grid.levels, row
+
+
+@few
+@given(cases())
+def test_an_operator_that_is_explained_as_float_reads_nothing_quantized(case):
+    net = case.attach()
+    quantized = {node.name for node in operators(net.graph)
+                 if any(entry.node.op == QUANTIZE for entry in node.inputs)}
+    assert {row.node for row in gq.explain(net).rows if not row.input} & quantized == set()
+
+
+@few
+@given(cases())
+def test_what_is_quantized_without_a_sign_is_never_negative(case):
+    net = case.calibrated()
+    read = inputs_of_operators(net, case)
+    for node in net.graph.nodes():
+        if node.op == QUANTIZE and json.loads(node.attrs['spec'])['signed'] is False:
+            assert read[node.name][0].min() >= 0, node.name
+
+
+@few
+@given(cases())
+def test_a_tensor_has_the_most_bits_that_those_who_read_it_ask_for(case):
+    assume(case.options['target'] is None)
+    graph = case.attach().graph
+    layers = [node for node in operators(graph) if node.op in LAYER_OPS]
+    dense = [node for node in layers if node.op == 'FullyConnected']
+    asked = dict.fromkeys(graph.nodes(), case.options['bits'])
+    if layers:
+        asked.update(dict.fromkeys([layers[0], (dense or layers)[-1]], case.options['first_last_bits']))
+    for node in graph.nodes():
+        if node.op == QUANTIZE:
+            assert json.loads(node.attrs['spec'])['bits'] == max(asked[reader] for reader in graph.readers(node))
 
 
 @few
