@@ -1,0 +1,11 @@
+"""What is deployed, defined in NumPy: reads an exported graph and computes it with integers. Needs no MXNet.
+
+    model = gluonquant.integer.read('net.onnx')
+    outputs = gluonquant.integer.run(model, images)
+"""
+from .model import Model, Node
+from .onnx_file import read
+from .run import Runner, run
+from .values import Quantized
+
+__all__ = ['Model', 'Node', 'Quantized', 'Runner', 'read', 'run']
