@@ -5,21 +5,45 @@
     net.hybridize(static_alloc=True, static_shape=True)
     ...                                      # train with gluon.Trainer as ever
     gq.save(net, path); gq.load(path, net)
+    gq.export_onnx(net, 'net.onnx', (1, 3, 224, 224))
+
+Names are imported when they are first used, so that `gluonquant.integer` runs where MXNet is not installed.
 """
-from . import graph, layers, observers, ops, quantizers, training
-from .calibrate import calibrate
-from .checkpoint import load, save
-from .config import LayerConfig, QuantizerSpec, Rule
-from .convert import convert
-from .fold import fold
-from .graph import attach, draw, explain
-from .grid import Grid
-from .reestimate import reestimate_batchnorm
-from .summary import summary
-from .switches import freeze, freeze_batchnorm, set_mode, set_phase, unfreeze
+import sys
+from importlib import import_module
+from types import ModuleType
 
 __version__ = '0.1.0'
 
-__all__ = ['Grid', 'LayerConfig', 'QuantizerSpec', 'Rule', 'attach', 'calibrate', 'convert', 'draw', 'explain', 'fold',
-           'freeze', 'freeze_batchnorm', 'graph', 'layers', 'load', 'observers', 'ops', 'quantizers',
-           'reestimate_batchnorm', 'save', 'set_mode', 'set_phase', 'summary', 'training', 'unfreeze']
+_PLACES = {
+    'calibrate': ('calibrate',), 'checkpoint': ('load', 'save'), 'config': ('LayerConfig', 'QuantizerSpec', 'Rule'),
+    'convert': ('convert',), 'export': ('export_onnx',), 'finalize': ('finalize',), 'fold': ('fold',),
+    'graph': ('attach', 'draw', 'explain'), 'grid': ('Grid',), 'reestimate': ('reestimate_batchnorm',),
+    'summary': ('summary',), 'switches': ('freeze', 'freeze_batchnorm', 'set_mode', 'set_phase', 'unfreeze')}
+_MODULES = ('graph', 'integer', 'layers', 'observers', 'ops', 'quantizers', 'training')
+_HOME = {name: module for module, names in _PLACES.items() for name in names}
+
+__all__ = sorted([*_HOME, *_MODULES])
+
+
+class _Package(ModuleType):
+    """This package. Several of its functions are called like the modules in which they are written."""
+
+    def __setattr__(self, name, value):
+        if not (name in _HOME and isinstance(value, ModuleType)):       # an import of the module hides no function
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name):
+        if name in _HOME:
+            value = getattr(import_module(f'.{_HOME[name]}', __name__), name)
+            setattr(self, name, value)
+            return value
+        if name in _MODULES:
+            return import_module(f'.{name}', __name__)
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+    def __dir__(self):
+        return sorted({*self.__dict__, *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,5 +1,7 @@
 """The package reads from left to right: a module imports only from modules before it."""
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,9 +9,9 @@ import pytest
 import gluonquant
 
 PACKAGE = Path(gluonquant.__file__).parent
-ORDER = ['registry', 'table', 'grid', 'config', 'ops', 'symbol_graph', 'trace', 'functional', 'batchnorm', 'observers',
-         'quantizers', 'layers', 'plan', 'fuse', 'convert', 'calibrate', 'graph', 'summary',
-         'fold', 'switches', 'reestimate', 'training', 'checkpoint']
+ORDER = ['integer', 'registry', 'table', 'grid', 'config', 'ops', 'symbol_graph', 'trace', 'functional', 'batchnorm',
+         'observers', 'quantizers', 'layers', 'plan', 'fuse', 'convert', 'calibrate', 'graph', 'summary', 'fold',
+         'switches', 'reestimate', 'training', 'checkpoint', 'finalize', 'export']
 FILES = sorted(path for path in PACKAGE.rglob('*.py') if path.parent != PACKAGE or path.name != '__init__.py')
 
 
@@ -53,6 +55,17 @@ def test_modules_say_what_they_are_for_and_print_nothing(path):
 def test_grid_config_and_registry_do_not_need_mxnet():
     for name in ('grid', 'config', 'registry'):
         assert 'mxnet' not in (PACKAGE / f'{name}.py').read_text(encoding='utf8')
+
+
+def test_what_is_deployed_runs_without_mxnet():
+    code = 'import gluonquant.integer, sys; assert not {"mxnet", "onnx"} & set(sys.modules)'
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_functions_stay_in_front_of_modules_of_their_name():
+    code = ('import gluonquant.calibrate, gluonquant.finalize, gluonquant as gq; from gluonquant import fold; '
+            'assert all(map(callable, (gq.calibrate, gq.finalize, gq.convert, gq.summary, fold)))')
+    subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def test_public_names_exist_and_are_documented():
