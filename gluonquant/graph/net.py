@@ -16,6 +16,7 @@ from ..batchnorm import Layer, folded, folded_weight, pairs, parts
 from ..fuse import FusedGraph
 from ..registry import nearest
 from ..symbol_graph import (
+    BIAS,
     FOLDED,
     QUANTIZE,
     VARIABLE,
@@ -65,12 +66,14 @@ class GraphNet(FusedGraph, HybridBlock):
         in each process.
     decisions : list of Decision
         What `explain` tells.
+    known : dict, {path: Quantizer}, optional
+        Quantizers to share with another net, where new ones are made by default.
 
     Inputs:  a tensor for each of ``inputs``.
     Outputs: those of the graph.
     """
 
-    def __init__(self, graph, parameters, inputs, paths=None, form=None, scope=None, decisions=()):
+    def __init__(self, graph, parameters, inputs, paths=None, form=None, scope=None, decisions=(), known=None):
         super().__init__(prefix='')             # Parameters keep their names
         self._own_prefix = mx.name.NameManager.current.get(None, 'graphnet') + '_'      # of the quantizers' Parameters
         self.graph = graph
@@ -87,8 +90,11 @@ class GraphNet(FusedGraph, HybridBlock):
         self._check_variables()
         for node in graph.nodes():
             if node.op == QUANTIZE or 'quantizer' in node.attrs:
-                self._add_quantizer(node)
+                self._add_quantizer(node, known or {})
                 self._children[node.attrs['quantizer']].tensors.append(short_name(node.inputs[0].node.name, self.scope))
+        for node in graph.nodes():
+            if node.op == BIAS:
+                self._add_bias_quantizer(node)
 
     def _check_variables(self):
         variables = self.graph.variables()
@@ -99,8 +105,11 @@ class GraphNet(FusedGraph, HybridBlock):
             if name not in self.paths and name not in self.inputs:
                 raise ValueError(f'variable {name!r} is neither a Parameter nor an input')
 
-    def _add_quantizer(self, node):
+    def _add_quantizer(self, node, known):
         if node.attrs.get('quantizer') in self._children:
+            return
+        if node.attrs.get('quantizer') in known:
+            self.register_child(known[node.attrs['quantizer']], node.attrs['quantizer'])
             return
         try:
             path, spec = node.attrs['quantizer'], json.loads(node.attrs['spec'])
@@ -125,6 +134,62 @@ class GraphNet(FusedGraph, HybridBlock):
             parameter.like = like
         quantizer.nested, quantizer.where, quantizer.tensors = True, path, []
         self.register_child(quantizer, path)
+
+    def _add_bias_quantizer(self, node):
+        try:
+            activation, weight = (self._children[node.attrs[name]] for name in ('activation', 'weight'))
+        except KeyError as error:
+            raise ValueError(f'node {node.name!r}: its bias lies on a grid that no quantizer tells ({error})') from None
+        self.register_child(quantizers.BiasQuantizer(activation, weight), node.attrs['bias_quantizer'])
+
+    def quantize_biases(self):
+        """Put the bias of each layer whose input and weight are quantized on the grid of their products.
+
+        See `BiasQuantizer`. Returns the nodes of the new quantizers.
+        """
+        made = []
+        with self.rewriting() as graph:
+            for node in graph.nodes():
+                bias = node.inputs[2] if node.op in ('Convolution', 'FullyConnected') and len(node.inputs) > 2 else None
+                weight, factor = self.weight_parts(node) if bias is not None else (None, None)
+                activation = self.quantizer(node.inputs[0]) if weight is not None else None
+                floats = activation is None or None in (activation.grid, self._children[weight.attrs['quantizer']].grid)
+                if floats or bias.node.op == BIAS:
+                    continue
+                inputs = [bias, weight.inputs[0], *([factor] if factor else [])]
+                added = graph.add(BIAS, f'{self.label(node)}.bias_quantizer', inputs, weight=weight.attrs['quantizer'],
+                                  activation=self._path(activation))
+                added.attrs['bias_quantizer'] = added.name
+                graph.connect(node, [*node.inputs[:2], Entry(added)])
+                self._add_bias_quantizer(added)
+                made.append(added)
+        return made
+
+    def add_factor(self, layer, bias):
+        """Multiply the weight of a layer, behind its quantizer, by a new Parameter, 1 for each output channel.
+
+        ``bias`` is the node of the layer's bias quantizer. Returns the Parameter's Entry.
+        """
+        with self.rewriting() as graph:
+            factor = Entry(graph.add(VARIABLE, f'{layer.name}_factor', []))
+            scaled = graph.add('broadcast_mul', f'{layer.name}_scaled', [layer.inputs[1], factor])
+            graph.connect(layer, [layer.inputs[0], Entry(scaled), *layer.inputs[2:]])
+            graph.connect(bias, [*bias.inputs, factor])
+            weight = self.parameter(bound_variable(layer.inputs[1]))
+            shape = (weight.shape[0],) + (1,) * (len(weight.shape) - 1)
+            self._take({factor.node.name: np.ones(shape, weight.dtype)})
+        return factor
+
+    def _path(self, quantizer):
+        return next(path for path, child in self._children.items() if child is quantizer)
+
+    @staticmethod
+    def weight_parts(node):
+        """(the quantizer's node in front of a layer's weight or None, the factor behind it or None)."""
+        weight, factor = node.inputs[1], None
+        if weight.node.op == 'broadcast_mul' and weight.node.inputs[0].node.op == QUANTIZE:
+            weight, factor = weight.node.inputs
+        return (weight.node, factor) if weight.node.op == QUANTIZE else (None, None)
 
     def _free_prefix(self, path):
         base = self._own_prefix + path.replace('.', '_')
@@ -296,6 +361,8 @@ class GraphNet(FusedGraph, HybridBlock):
     def _run(self, F, node, inputs):
         if node.op == QUANTIZE:
             return self._children[node.attrs['quantizer']](*inputs)
+        if node.op == BIAS:
+            return self._children[node.attrs['bias_quantizer']](*inputs)
         if node.op == self.graph.heads.op:
             return inputs
         if node.op == FOLDED:
@@ -389,7 +456,8 @@ class GraphNet(FusedGraph, HybridBlock):
     def __reduce_ex__(self, protocol):
         parameters = {self.paths[name]: self.parameter(name) for name in self.paths}
         state = {path: {name: quantizer.value(name) for name, parameter in quantizer._reg_params.items()
-                        if parameter._data is not None} for path, quantizer in self._children.items()}
+                        if parameter._data is not None} for path, quantizer in self._children.items()
+                 if quantizer._reg_params}
         hybrid = {name: self.__dict__[name] for name in ('_active', '_flags')}
         types = {path: quantizer._dtype for path, quantizer in self._children.items() if quantizer.grid is not None}
         return _restore, (self.describe(), parameters, state, types, hybrid)

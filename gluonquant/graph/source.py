@@ -12,6 +12,7 @@ from ..layers import layers, quantizers
 from ..registry import nearest
 from ..symbol_graph import FOLDED, VARIABLE, Graph, integers
 from ..trace import LAYER_OPS, renew_variables
+from .converted import fold_again, marked, place_quantizers
 from .names import layer_path, scope_of, short_name
 from .net import GraphNet, make_parameters
 
@@ -68,6 +69,7 @@ def read(net, params=None, inputs='data'):
     if isinstance(net, SymbolBlock):
         return _from_symbol_block(net)
     if isinstance(net, Block):
+        _check_float(net)
         return _traced(net, inputs)
     if isinstance(net, (str, os.PathLike)):
         try:
@@ -86,10 +88,19 @@ def read(net, params=None, inputs='data'):
 
 
 def as_graph(net, params=None, inputs='data'):
-    """A float net as a `GraphNet`, which `gluonquant.fold` merges, `draw` draws and `attach` quantizes.
+    """A net as a `GraphNet`, which shares its Parameters.
 
-    For symbols and their files, which are no blocks. Arguments and errors as for `read`.
+    Of a float net, symbol or symbol file: one that `gluonquant.fold` merges, `draw` draws and `attach` quantizes. Of a
+    net that `convert` has changed: one that shares its quantizers, too. Arguments and errors as for `read`.
     """
+    if isinstance(net, Block) and layers(net):
+        with marked(net) as marks:
+            found = _traced(net, [inputs] if isinstance(inputs, str) else list(inputs))
+        known = place_quantizers(found.graph, marks)
+        fold_again(found.graph, net)
+        made = GraphNet(found.graph, found.parameters, found.inputs, found.paths, found.form, found.scope, known=known)
+        made.hybridize(False)
+        return made
     found = read(net, params, inputs)
     return GraphNet(found.graph, found.parameters, found.inputs, found.paths, found.form, found.scope)
 
@@ -112,13 +123,16 @@ def _from_symbol_block(block):
     return Source(graph, parameters, names, paths, block._out_format)
 
 
-def _traced(net, inputs):
+def _check_float(net):
     if layers(net):
         raise RuntimeError(f'the net is already converted: {next(iter(layers(net)))!r} is quantized. Attach to a fresh '
                            'float net instead')
     if quantizers(net):
         raise RuntimeError(f'quantizers are attached already: the net has {next(iter(quantizers(net)))!r}. Attach to a '
                            'fresh float net instead')
+
+
+def _traced(net, inputs):
     if not isinstance(net, HybridBlock):
         raise TypeError(f'{type(net).__name__} is no HybridBlock, so there is no graph. Use gq.convert')
     try:

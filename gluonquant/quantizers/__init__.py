@@ -1,6 +1,7 @@
 """Quantizers: one file for each published method, one class for each role."""
 from .affine import AffineActivation, AffineWeight, FQNActivation, FQNWeight
 from .base import OBSERVE, OFF, QUANTIZE, QParams, Quantizer
+from .bias import BiasQuantizer
 from .cliprelu import ClipReLU
 from .dorefa import DoReFaActivation, DoReFaWeight
 from .gdrq import GDRQActivation, GDRQWeight
@@ -16,10 +17,10 @@ from .sawb import SAWB
 
 __all__ = [
     'OBSERVE', 'OFF', 'PACT', 'QUANTIZE', 'SAWB', 'ActivationIdentity', 'ActivationQuantizer', 'AffineActivation',
-    'AffineWeight', 'ClipReLU', 'DoReFaActivation', 'DoReFaWeight', 'FQNActivation', 'FQNWeight', 'GDRQActivation',
-    'GDRQWeight', 'Identity', 'Int8Activation', 'Int8Weight', 'LSQActivation', 'LSQPlusActivation', 'LSQPlusWeight',
-    'LSQWeight', 'QILActivation', 'QILWeight', 'QParams', 'Quantizer', 'WeightIdentity', 'WeightQuantizer',
-    'available', 'create', 'find',
+    'AffineWeight', 'BiasQuantizer', 'ClipReLU', 'DoReFaActivation', 'DoReFaWeight', 'FQNActivation', 'FQNWeight',
+    'GDRQActivation', 'GDRQWeight', 'Identity', 'Int8Activation', 'Int8Weight', 'LSQActivation',
+    'LSQPlusActivation', 'LSQPlusWeight', 'LSQWeight', 'QILActivation', 'QILWeight', 'QParams', 'Quantizer',
+    'WeightIdentity', 'WeightQuantizer', 'available', 'create', 'find',
 ]
 
 

@@ -5,7 +5,7 @@ from collections import defaultdict
 import mxnet as mx
 
 from .file import parsed, up_to_date
-from .nodes import FOLDED, OURS, QUANTIZE, VARIABLE, Entry, Node, ancestors, numbered, same
+from .nodes import BIAS, FOLDED, OURS, QUANTIZE, VARIABLE, Entry, Node, ancestors, numbered, same
 from .operators import outputs, signature
 
 
@@ -144,7 +144,7 @@ class Graph:
             if node.op == FOLDED:
                 self.unfold(node)
         for node in self.nodes():
-            if node.op == QUANTIZE:
+            if node.op in (QUANTIZE, BIAS):
                 self.redirect(Entry(node), node.inputs[0])
 
     def fold(self, layer, norm):
@@ -208,7 +208,7 @@ class Graph:
         _, shapes, _ = mx.sym.load_json(plain.dump()).get_internals().infer_shape_partial(**known)
         remaining, found = iter(shapes), {}
         for node in self.nodes():
-            if node.op == QUANTIZE:
+            if node.op in (QUANTIZE, BIAS):
                 found[node, 0] = found.get(node.inputs[0][:2])
             else:
                 if node.op == FOLDED:

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
 
-# Our own operators in a Graph become MXNet's when they run: a quantizer, and a layer with its BatchNorm folded into it.
-QUANTIZE, FOLDED = 'gluonquant', 'gluonquant_folded'
-OURS = (QUANTIZE, FOLDED)
+# Our own operators in a Graph become MXNet's when they run: a quantizer, a layer with its BatchNorm folded into it, and
+# a quantizer of a bias, whose grid follows from those of the layer's input and weight.
+QUANTIZE, FOLDED, BIAS = 'gluonquant', 'gluonquant_folded', 'gluonquant_bias'
+OURS = (QUANTIZE, FOLDED, BIAS)
 VARIABLE = 'null'           # MXNet's word
 
 
