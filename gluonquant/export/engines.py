@@ -1,0 +1,53 @@
+"""How each inference engine wants its graph written."""
+from dataclasses import dataclass
+
+from .values import Grid
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that reads ONNX.
+
+    Parameters
+    ----------
+    name : str
+    signed, unsigned : str
+        Types of the codes of activations on signed and on unsigned grids.
+    moves_codes : bool
+        Max pooling, concatenation, reshape and the like stand between codes. Otherwise they stand behind
+        DequantizeLinear, and the engine sees by itself that they keep the grid.
+    clips_codes : bool
+        Grids narrower than their type are clipped as codes. Otherwise as real numbers, in front of QuantizeLinear.
+    integer_bias : bool
+        Biases are int32 codes behind DequantizeLinear.
+    """
+    name: str
+    signed: str
+    unsigned: str
+    moves_codes: bool
+    clips_codes: bool
+    integer_bias: bool
+
+    def grid(self, path, quantizer):
+        """The `Grid` of an activation quantizer; ValueError says why the engine has none for it."""
+        scale, zero_point = (values[0] for values in quantizer.qparams())
+        own = quantizer.grid
+        dtype = self.signed if own.qmin < 0 else self.unsigned
+        lowest, highest = {'uint8': (0, 255), 'int8': (-128, 127)}[dtype]
+        shift = 128 if dtype == 'uint8' and own.qmin < 0 else 0
+        low, high = own.qmin + shift, own.qmax + shift
+        if low < lowest or high > highest:
+            raise ValueError(
+                f'its codes, {quantizer.method} of {own.bits} bits, reach from {own.qmin} to {own.qmax}, which {dtype} '
+                'does not hold. ' + ('Quantize to at most 8 bits' if own.bits > 8 else
+                                     f'Attach with target={self.name!r}, so that codes are signed'))
+        encoder = None
+        if hasattr(quantizer, 'encoder'):
+            encoder = quantizer.encoder()
+        return Grid(path, scale, int(zero_point) + shift, low, high, dtype, encoder)
+
+
+ENGINES = {engine.name: engine for engine in (
+    Engine('onnxruntime', 'uint8', 'uint8', moves_codes=True, clips_codes=True, integer_bias=True),
+    Engine('openvino', 'int8', 'uint8', moves_codes=False, clips_codes=True, integer_bias=True),
+    Engine('tensorrt', 'int8', 'int8', moves_codes=False, clips_codes=False, integer_bias=False))}
