@@ -105,8 +105,8 @@ class Lowering:
 
     def refused(self, node, reason):
         """The ValueError for a node that cannot be exported."""
-        return ValueError(f'{node.op} {self.net.label(node)!r} cannot be exported: {reason}. Export what comes before it '
-                          'with outputs=[...], names of nodes, and compute the rest outside')
+        return ValueError(f'{node.op} {self.net.label(node)!r} cannot be exported: {reason}. Export what comes before '
+                          'it with outputs=[...], names of nodes, and compute the rest outside')
 
     def free(self, name):
         """``name``, or ``name_2`` and so on if that is taken."""
@@ -306,10 +306,10 @@ class Lowering:
     @staticmethod
     def _narrowed(grid, clamp):
         """The part of a grid on which clamped values fall: rounding keeps order, so bounds become codes."""
-        offset, scale = grid.encoder or (0.0, grid.scale)
+        offset, scale = (np.float32(number) for number in grid.encoder or (0.0, grid.scale))
 
         def code(bound):
-            return int(np.rint(np.float32(np.float32(bound) - np.float32(offset)) / np.float32(scale))) + grid.zero_point
+            return int(np.rint((np.float32(bound) - offset) / scale)) + grid.zero_point
         low = grid.low if clamp.low is None else min(max(grid.low, code(clamp.low)), grid.high)
         high = grid.high if clamp.high is None else max(min(grid.high, code(clamp.high)), low)
         return grid._replace(low=low, high=high)
