@@ -13,7 +13,7 @@ from .decide import Plan
 from .explain import decisions_about
 from .net import GraphNet
 from .place import Placed, place, place_for
-from .target import find
+from .target import find, full_range
 
 OPS = ('Convolution', 'FullyConnected', 'Deconvolution', 'Concat', 'Pooling', 'add_n', 'elemwise_add')
 
@@ -92,8 +92,12 @@ def attach(net, bits=4, *, params=None, inputs='data', shapes=None, ops=OPS, tar
         places, refused, passed = place(plan.wishes), {}, {}
     else:
         places, refused, passed = place_for(target, graph, plan.wishes, base.activation, found.label)
+
+    def settle(spec, entries):
+        spec = plan.sign(spec, entries)
+        return full_range(spec) if target is not None and target.full_range else spec
     placed = {**_insert(graph, place(plan.weights), 'weight', lambda spec, _: spec, plan.weight_path),
-              **_insert(graph, places, 'activation', plan.sign, lambda entry: f'{plan.tensor(entry)}.output_quantizer')}
+              **_insert(graph, places, 'activation', settle, lambda entry: f'{plan.tensor(entry)}.output_quantizer')}
     if not placed:
         raise ValueError(f'nothing is left to quantize among the {len(plan.nodes)} operators')
     order = {plan.paths.get(node): number for number, node in enumerate(graph.nodes())}

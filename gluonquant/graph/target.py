@@ -1,5 +1,5 @@
 """Where inference engines want their quantizers."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional, Tuple
 
 from ..registry import nearest
@@ -33,12 +33,16 @@ class Target:
         and freezes a range that would follow the data.
     outputs : bool
         Whether the output of each integer operator is quantized even if what reads it is not an integer operator.
+    full_range : bool
+        Whether signed 8-bit codes of method int8 use -128, too: the engine clips to its type for nothing, but to a
+        narrower range at the cost of a further operator.
     """
     name: str
     signed: Optional[bool] = None
     sums: str = 'both'
     equal: Tuple[str, ...] = ('Concat',)
     outputs: bool = False
+    full_range: bool = False
 
     def __post_init__(self):
         if self.sums not in ('both', 'shortcut'):
@@ -47,7 +51,7 @@ class Target:
 
 TARGETS = {target.name: target for target in (
     Target('tensorrt', signed=True, sums='shortcut'),
-    Target('onnxruntime', outputs=True),
+    Target('onnxruntime', outputs=True, full_range=True),
     Target('openvino', sums='shortcut'),
     Target('onednn', sums='shortcut'))}
 
@@ -60,6 +64,13 @@ def find(target):
         raise ValueError(f'unknown target {target!r}.{nearest(target, TARGETS)} Known targets: '
                          f'{", ".join(sorted(TARGETS))}')
     return TARGETS[target]
+
+
+def full_range(spec):
+    """``spec`` of an activation with every code of 8 signed bits, if its method leaves that open."""
+    if (spec.method, spec.bits, spec.signed) != ('int8', 8, True):
+        return spec
+    return replace(spec, options={'narrow_range': False, **spec.options})
 
 
 def grids(graph):

@@ -49,7 +49,10 @@ class Int8Activation(ActivationQuantizer):
     Parameters
     ----------
     signed : bool, default True
-        True: narrow signed grid. False: unsigned, for inputs that are never negative; amax then follows max x.
+        True: signed grid. False: unsigned, for inputs that are never negative; amax then follows max x.
+    narrow_range : bool, default True
+        Signed codes are symmetric. False adds the lowest code, whose type then has no code that must be clipped; the
+        scale stays amax / qmax.
     ema_decay : float in [0, 1)
     grad_mode : 'ste' (identity) or 'clip' (zero outside [-amax, amax] or [0, amax])
 
@@ -62,10 +65,10 @@ class Int8Activation(ActivationQuantizer):
     ewgs_supported = True
     default_observer = 'ema'
 
-    def __init__(self, bits=8, signed=None, ema_decay=0.99, grad_mode='ste', **kwargs):
+    def __init__(self, bits=8, signed=None, narrow_range=True, ema_decay=0.99, grad_mode='ste', **kwargs):
         signed = signed is None or bool(signed)
         self.check_bits(bits)
-        super().__init__(bits, Grid(bits, signed, narrow_range=signed), **kwargs)
+        super().__init__(bits, Grid(bits, signed, narrow_range=signed and bool(narrow_range)), **kwargs)
         self.ema_decay = check_fraction('ema_decay', ema_decay)
         self.grad_mode = check_grad_mode(grad_mode)
         with self.name_scope():
