@@ -39,6 +39,7 @@ class Lowering:
     ----------
     net : GraphNet
     shapes : dict, {(node, index): shape}; 0 where a size is that of the batch.
+    weights : dict, {constant that holds codes of a weight: path of its quantizer}
     """
 
     def __init__(self, net, shapes, engine, int4=False, opset=None):
@@ -47,7 +48,7 @@ class Lowering:
         self.inputs = shapes
         self.shapes = _free_batch(net.graph, shapes, {name: net.parameter(name).shape for name in net.paths})
         self.made = integer.Model([], {}, {}, {}, self.opset)
-        self.values, self.tensors = {}, []
+        self.values, self.tensors, self.weights = {}, [], {}
         self._names, self._written, self._real_constants = set(), {}, {}
 
     def model(self, outputs=None):
@@ -345,6 +346,7 @@ class Lowering:
         names = [self.constant(f'{label}.weight.codes', codes.astype(np.int8), kind),
                  self.constant(f'{label}.weight.scale', scale),
                  self.constant(f'{label}.weight.zero_point', np.zeros(scale.shape, np.int8), kind)]
+        self.weights[names[0]] = quantize.attrs['quantizer']
         name = self.write('DequantizeLinear', names, self.free(f'{label}.weight'), axis=axis if scale.ndim else None)
         return name, scale
 

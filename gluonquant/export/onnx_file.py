@@ -54,9 +54,8 @@ def export_onnx(net, path, input_shape, target='onnxruntime', *, inputs='data', 
     if target not in ENGINES:
         raise ValueError(f'unknown target {target!r}.{nearest(target, ENGINES)} Known targets: '
                          f'{", ".join(sorted(ENGINES))}')
-    final = net if is_final(net) else finalize(net, inputs=inputs, overflow=overflow, int4=int4)
-    shapes = _shapes(final, input_shape)
-    model = lower(final, shapes, target, int4, outputs)
+    final = final_net(net, inputs, overflow, int4)
+    model = lower(final, input_shapes(final, input_shape), target, int4, outputs)
     write(onnx, model, path)
     return final
 
@@ -76,7 +75,13 @@ def is_final(net):
     return isinstance(net, GraphNet) and any(node.op == BIAS for node in net.graph.nodes())
 
 
-def _shapes(net, given):
+def final_net(net, inputs='data', overflow='raise', int4=False):
+    """``net`` itself if it is final, else what `finalize` makes of it."""
+    return net if is_final(net) else finalize(net, inputs=inputs, overflow=overflow, int4=int4)
+
+
+def input_shapes(net, given):
+    """{input: shape} from a shape or such a dict; ValueError unless that names the inputs of ``net``."""
     shapes = dict(given) if isinstance(given, dict) else {net.inputs[0]: tuple(given)}
     if sorted(shapes) != sorted(net.inputs):
         raise ValueError(f'input_shape names {", ".join(shapes)}; the net reads {", ".join(net.inputs)}')

@@ -3,8 +3,8 @@
     model = gluonquant.integer.read('net.onnx')
     outputs = gluonquant.integer.run(model, images)
 """
+from .files import read
 from .model import Model, Node
-from .onnx_file import read
 from .run import Runner, run
 from .values import Quantized
 

@@ -15,7 +15,7 @@ _FOUR_BITS = {21: 'uint4', 22: 'int4'}
 _STANDARD = ('', 'ai.onnx')
 
 
-def read(path):
+def read_onnx(path):
     """The `Model` in an ONNX file.
 
     Raises

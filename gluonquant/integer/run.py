@@ -2,8 +2,8 @@
 import numpy as np
 
 from . import operators
+from .files import read
 from .model import Model
-from .onnx_file import read
 from .values import Grid, Quantized, Real
 
 
@@ -12,7 +12,7 @@ class Runner:
 
     Parameters
     ----------
-    model : Model, or the path of an ONNX file
+    model : Model, or the path of an ONNX or a packed file
 
     Raises
     ------
@@ -30,13 +30,15 @@ class Runner:
             for name in node.inputs:
                 self._uses[name] = self._uses.get(name, 0) + 1
 
-    def __call__(self, *inputs, keep=()):
+    def __call__(self, *inputs, keep=(), watch=None):
         """The outputs for the given inputs.
 
         Parameters
         ----------
         inputs : float32 arrays, in the order of ``model.inputs``
         keep : names of tensors to return too, or 'codes' for all tensors of integers
+        watch : callable(node, value, grid), optional
+            Is told what each QuantizeLinear rounds, a value of `values`, and to which grid.
 
         Returns
         -------
@@ -53,7 +55,7 @@ class Runner:
                                              for name, array in zip(self.model.inputs, inputs)}}
         kept, uses = {}, dict(self._uses)
         for node in self.model.nodes:
-            made = self._run(node, [values[name] if name else None for name in node.inputs])
+            made = self._run(node, [values[name] if name else None for name in node.inputs], watch)
             for name, value in zip(node.outputs, made):
                 values[name] = value
                 integer = isinstance(value, np.ndarray) and value.dtype in (np.int8, np.uint8)
@@ -75,10 +77,13 @@ class Runner:
             if len(found) != len(shape) or any(want not in (None, size) for want, size in zip(shape, found)):
                 raise ValueError(f'the input {name!r} has shape {found}, the model takes {shape}')
 
-    def _run(self, node, inputs):
+    def _run(self, node, inputs, watch):
         if node.op == 'QuantizeLinear':
             value, scale, zero = inputs
-            return [value.codes(Grid(scale, zero, zero.dtype, node.attrs.get('axis', 1)))]
+            grid = Grid(scale, zero, zero.dtype, node.attrs.get('axis', 1))
+            if watch is not None:
+                watch(node, value, grid)
+            return [value.codes(grid)]
         if node.op == 'DequantizeLinear':
             codes, scale, *zero = inputs
             zero = zero[0] if zero else np.zeros(np.shape(scale), codes.dtype)

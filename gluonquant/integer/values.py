@@ -1,8 +1,9 @@
 """The arithmetic of deployment: tensors that know how a runtime rounds them.
 
 A tensor between two operators is one of these. Each can be asked for real numbers, ``real()``, as the float32 that a
-runtime would compute, and for codes, ``codes(grid)``. What stands between two grids is never rounded to float32 twice:
-sums of products stay integers until they are scaled to the next grid. That is what makes integer runtimes agree.
+runtime would compute, for the float64 numbers that it stands for, ``exact()``, and for codes, ``codes(grid)``. What
+stands between two grids is never rounded to float32 twice: sums of products stay integers until they are scaled to the
+next grid. That is what makes integer runtimes agree.
 
 Codes of a grid are clip(round_half_even(x / scale) + zero_point, lowest, highest).
 """
@@ -48,6 +49,9 @@ class Real(NamedTuple):
     def real(self):
         return self.array
 
+    def exact(self):
+        return self.array.astype(np.float64)
+
     def codes(self, grid):
         scale, zero = grid.like(self.array.ndim)
         with np.errstate(over='ignore', invalid='ignore'):
@@ -65,6 +69,9 @@ class Quantized(NamedTuple):
 
     def real(self):
         return self.offsets().astype(F32) * self.grid.like(self.array.ndim)[0]
+
+    def exact(self):
+        return self.offsets() * self.grid.like(self.array.ndim)[0].astype(np.float64)
 
     def codes(self, grid):
         return self.array if grid.same(self.grid) else Real(self.real()).codes(grid)
@@ -84,6 +91,9 @@ class Products(NamedTuple):
     def real(self):
         return self.array.astype(F32) * self._along(self.scale)
 
+    def exact(self):
+        return self.array * self._along(self.scale).astype(np.float64)
+
     def codes(self, grid):
         factor = self._along(self.scale / F32(grid.scale))      # one float32 number for each channel
         return grid.clip(np.rint(self.array.astype(F32) * factor) + grid.zero_point)
@@ -96,6 +106,9 @@ class Sum(NamedTuple):
 
     def real(self):
         return self.first.real() + self.second.real()
+
+    def exact(self):
+        return self.first.exact() + self.second.exact()
 
     def codes(self, grid):
         first, second = (F32(each.grid.scale) / F32(grid.scale) for each in self)
@@ -114,6 +127,9 @@ class Mean(NamedTuple):
     def real(self):
         return (self.array.astype(F32) / F32(self.count)) * self.scale
 
+    def exact(self):
+        return self.array * np.float64(self.scale) / self.count
+
     def codes(self, grid):
         factor = F32(self.scale) / (F32(grid.scale) * F32(self.count))
         return grid.clip(np.rint(self.array.astype(F32) * factor) + grid.zero_point)
@@ -125,6 +141,9 @@ class Clamped(NamedTuple):
 
     def real(self):
         return np.maximum(self.value.real(), F32(0))
+
+    def exact(self):
+        return np.maximum(self.value.exact(), 0)
 
     def codes(self, grid):
         return np.maximum(self.value.codes(grid), np.asarray(grid.zero_point).astype(grid.dtype))

@@ -4,6 +4,7 @@ from .base import OBSERVE, OFF, QUANTIZE, QParams, Quantizer
 from .bias import BiasQuantizer
 from .cliprelu import ClipReLU
 from .dorefa import DoReFaActivation, DoReFaWeight
+from .fixed import FixedWeight
 from .gdrq import GDRQActivation, GDRQWeight
 from .identity import ActivationIdentity, Identity, WeightIdentity
 from .int8 import Int8Activation, Int8Weight
@@ -18,7 +19,7 @@ from .sawb import SAWB
 __all__ = [
     'OBSERVE', 'OFF', 'PACT', 'QUANTIZE', 'SAWB', 'ActivationIdentity', 'ActivationQuantizer', 'AffineActivation',
     'AffineWeight', 'BiasQuantizer', 'ClipReLU', 'DoReFaActivation', 'DoReFaWeight', 'FQNActivation', 'FQNWeight',
-    'GDRQActivation', 'GDRQWeight', 'Identity', 'Int8Activation', 'Int8Weight', 'LSQActivation',
+    'FixedWeight', 'GDRQActivation', 'GDRQWeight', 'Identity', 'Int8Activation', 'Int8Weight', 'LSQActivation',
     'LSQPlusActivation', 'LSQPlusWeight', 'LSQWeight', 'QILActivation', 'QILWeight', 'QParams', 'Quantizer',
     'WeightIdentity', 'WeightQuantizer', 'available', 'create', 'find',
 ]
