@@ -9,6 +9,7 @@ from .export.onnx_file import is_final, require
 from .finalize import finalize
 from .graph import GraphNet, as_graph
 from .integer import Runner
+from .integer.values import Mean, Products
 from .registry import nearest
 from .symbol_graph import QUANTIZE, evaluate
 
@@ -97,7 +98,7 @@ class Report(NamedTuple):
         return '\n'.join(lines)
 
 
-def verify(net, path, batch, runtimes=('onnxruntime',), least=None, inputs='data'):
+def verify(net, path, batches, runtimes=('onnxruntime',), least=None, inputs='data'):
     """Compare ways to compute an exported net with the integer runner, the definition of what is deployed.
 
     Parameters
@@ -105,17 +106,19 @@ def verify(net, path, batch, runtimes=('onnxruntime',), least=None, inputs='data
     net : HybridBlock or GraphNet
         What was exported. One that is not final is compared as it trains and as `finalize` makes it.
     path : str, of the file that `export_onnx` wrote
-    batch : NDArray or array, float32
+    batches : NDArray or float32 array, or an iterable of them
         Real data: what saturates or ties, does so on real data.
     runtimes : sequence of 'onnxruntime', 'openvino'
     least : dict, optional
         {rung: share of equal codes that it has to reach}, in place of ``LEAST``: 'trained' and 'final' are the
         fake-quantized net before and after `finalize`, the others runtimes.
+    inputs : str or sequence of str
+        Names of the inputs of a converted net.
 
     Returns
     -------
     Report
-        ``passed`` is for tests; ``print(report)`` shows a table; ``rungs`` has every tensor.
+        ``passed`` is for tests; ``print(report)`` shows a table; ``rungs`` has every tensor, ``outputs`` every output.
 
     Raises
     ------
@@ -128,21 +131,31 @@ def verify(net, path, batch, runtimes=('onnxruntime',), least=None, inputs='data
         if runtime not in _RUNTIMES:
             raise ValueError(f'unknown runtime {runtime!r}.{nearest(runtime, _RUNTIMES)} Known: '
                              f'{", ".join(_RUNTIMES)}')
-    least = {**LEAST, **(least or {})}
-    batch = batch.asnumpy() if isinstance(batch, nd.NDArray) else np.asarray(batch, np.float32)
     runner = Runner(path)
     tensors = _tensors(path, runner.model)
-    watched = _Watched()
-    reference = runner(batch, keep='codes', watch=watched)
-    rungs, outputs = [], {'integer': _outputs(runner.model, reference)}
-    for name, source in _gluon_rungs(net, inputs):
-        codes, outputs[name] = _gluon(source, batch, tensors)
-        rungs.append(_compare(name, codes, reference, watched, outputs[name], outputs['integer'], least[name]))
-    for runtime in runtimes:
-        codes, outputs[runtime] = _RUNTIMES[runtime](path, runner.model, tensors, batch)
-        rungs.append(_compare(runtime, codes, reference, watched, outputs[runtime], outputs['integer'],
-                              least[runtime]))
-    return Report(rungs, outputs)
+    ways = {name: _Gluon(source, tensors) for name, source in _gluon_rungs(net, inputs)}
+    ways.update((runtime, _RUNTIMES[runtime](path, runner.model, tensors)) for runtime in runtimes)
+    least = {**LEAST, **(least or {})}
+    rungs = {name: Rung(name, [], 0.0, None, least[name]) for name in ways}
+    outputs = {name: [] for name in ('integer', *ways)}
+    for batch in _batches(batches):
+        watched = _Watched()
+        reference = runner(batch, keep='codes', watch=watched)
+        expected = [reference[name] for name in runner.model.outputs]
+        outputs['integer'].append(expected)
+        for name, way in ways.items():
+            codes, found = way(batch)
+            outputs[name].append(found)
+            rows = _compared(codes, reference, watched, snapped=name != 'trained')
+            rungs[name] = _added(rungs[name], rows, found, expected)
+    joined = {name: [np.concatenate(parts) for parts in zip(*every)] for name, every in outputs.items()}
+    return Report([rung._replace(top1=_top1(joined[name][0], joined['integer'][0])) for name, rung in rungs.items()],
+                  joined)
+
+
+def _batches(given):
+    for batch in [given] if hasattr(given, 'shape') else given:
+        yield batch.asnumpy() if isinstance(batch, nd.NDArray) else np.asarray(batch, np.float32)
 
 
 class _Watched(dict):
@@ -159,10 +172,6 @@ def _tensors(path, model):
         raise ValueError(f'{path} does not say which tensors are quantized: it is no file of export_onnx') from None
 
 
-def _outputs(model, values):
-    return [values[name] for name in model.outputs]
-
-
 def _gluon_rungs(net, inputs):
     if is_final(net):
         return [('final', net)]
@@ -170,88 +179,112 @@ def _gluon_rungs(net, inputs):
     return [('trained', source), ('final', finalize(source))]
 
 
-def _gluon(net, batch, tensors):
-    """({name: codes in the file's container}, outputs) of the fake-quantized net."""
-    inputs = {}
+class _Gluon:
+    """The fake-quantized net. Ways to compute a net map a batch to ({name: codes as in the file}, [outputs])."""
 
-    def run(F, node, arrays):
-        if node.op == QUANTIZE and node.name in wanted:
-            inputs[node.name] = net._children[node.attrs['quantizer']].quantize(arrays[0]).asnumpy()
-        return net._run(F, node, arrays)
-    wanted = {node for _, _, _, node in tensors}
-    values = {name: net.parameter(name).data() for name in net.paths}
-    values[net.inputs[0]] = nd.array(batch)
-    with autograd.pause():
-        out = evaluate(nd, [*net.graph.nodes(), net.graph.heads], values, run)[net.graph.heads]
-    missing = wanted - set(inputs)
-    if missing:
-        raise ValueError(f'the file has the tensor of {min(missing)!r}, the net does not: it was exported from another')
-    return ({name: inputs[node] + shift for name, _, shift, node in tensors}, [array.asnumpy() for array in out])
+    def __init__(self, net, tensors):
+        self.net, self.tensors = net, tensors
+        self.nodes = [*net.graph.nodes(), net.graph.heads]
+        known = {node.name for node in self.nodes}
+        for _, _, _, name in tensors:
+            if name not in known:
+                raise ValueError(f'the file has the tensor of {name!r}, the net does not: it was exported from another')
 
+    def __call__(self, batch):
+        net, inputs, wanted = self.net, {}, {name for _, _, _, name in self.tensors}
 
-def _onnxruntime(path, model, tensors, batch):
-    ort = require('onnxruntime', 'to verify a file with it')
-    onnx = require('onnx', 'to verify a file with ONNX Runtime')
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    proto = onnx.load(path)
-    names = [name for name, *_ in tensors if name not in model.outputs]
-    proto.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in names)
-    feed = {next(iter(model.inputs)): batch}
-    # The codes come from a copy of the graph with more outputs, the outputs from the file itself.
-    codes, out = (ort.InferenceSession(source, options, providers=['CPUExecutionProvider']).run(wanted, feed)
-                  for source, wanted in ((proto.SerializeToString(), names), (path, list(model.outputs))))
-    return dict(zip(names, codes)), out
+        def run(F, node, arrays):
+            if node.op == QUANTIZE and node.name in wanted:
+                inputs[node.name] = net._children[node.attrs['quantizer']].quantize(arrays[0]).asnumpy()
+            return net._run(F, node, arrays)
+        values = {name: net.parameter(name).data() for name in net.paths}
+        values[net.inputs[0]] = nd.array(batch)
+        with autograd.pause():
+            out = evaluate(nd, self.nodes, values, run)[net.graph.heads]
+        return {name: inputs[node] + shift for name, _, shift, node in self.tensors}, [one.asnumpy() for one in out]
 
 
-def _openvino(path, model, tensors, batch):
-    openvino = require('openvino', 'to verify a file with it')
-    readers, found = model.readers(), {}
-    for name, *_ in tensors:
-        for node in readers[name]:
-            if node.op == 'DequantizeLinear':
-                found[name] = node
-    core, settings = openvino.Core(), {'INFERENCE_PRECISION_HINT': 'f32'}
+class _OnnxRuntime:
+    def __init__(self, path, model, tensors):
+        ort = require('onnxruntime', 'to verify a file with it')
+        onnx = require('onnx', 'to verify a file with ONNX Runtime')
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        proto = onnx.load(path)
+        self.names = [name for name, *_ in tensors if name not in model.outputs]
+        self.input = next(iter(model.inputs))
+        proto.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in self.names)
+        # The codes come from a copy of the graph with more outputs, the outputs from the file itself.
+        self.codes, self.outputs = (ort.InferenceSession(source, options, providers=['CPUExecutionProvider'])
+                                    for source in (proto.SerializeToString(), path))
+        self.wanted = list(model.outputs)
 
-    def compiled(names):
-        graph = core.read_model(path)
-        for name in names:
-            graph.add_outputs(name)
-        graph.reshape({next(iter(model.inputs)): list(batch.shape)})
-        return core.compile_model(graph, 'CPU', settings)([batch])
-    reals = compiled([node.outputs[0] for node in found.values()])
-    out = compiled([])
-    codes = {}
-    for name, node in found.items():
-        scale, zero = (model.constants[constant] for constant in node.inputs[1:3])
-        codes[name] = np.rint(reals[node.outputs[0]] / scale).astype(np.int64) + int(zero)
-    return codes, [out[name] for name in model.outputs]
+    def __call__(self, batch):
+        feed = {self.input: batch}
+        return dict(zip(self.names, self.codes.run(self.names, feed))), self.outputs.run(self.wanted, feed)
 
 
-_RUNTIMES = {'onnxruntime': _onnxruntime, 'openvino': _openvino}
+class _OpenVino:
+    def __init__(self, path, model, tensors):
+        openvino = require('openvino', 'to verify a file with it')
+        readers = model.readers()
+        self.path, self.model, self.core, self.compiled = path, model, openvino.Core(), {}
+        self.decoders = {name: node for name, *_ in tensors for node in readers[name] if node.op == 'DequantizeLinear'}
+
+    def __call__(self, batch):
+        reals = self._run(batch, [node.outputs[0] for node in self.decoders.values()])
+        codes = {}
+        for name, node in self.decoders.items():
+            scale, zero = (self.model.constants[constant] for constant in node.inputs[1:3])
+            codes[name] = np.rint(reals[node.outputs[0]] / scale).astype(np.int64) + int(zero)
+        out = self._run(batch, [])
+        return codes, [out[name] for name in self.model.outputs]
+
+    def _run(self, batch, more):
+        key = batch.shape, bool(more)
+        if key not in self.compiled:        # for one shape: with a free batch, it rounds otherwise
+            graph = self.core.read_model(self.path)
+            for name in more:
+                graph.add_outputs(name)
+            graph.reshape({next(iter(self.model.inputs)): list(batch.shape)})
+            self.compiled[key] = self.core.compile_model(graph, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+        return self.compiled[key]([batch])
 
 
-def _compare(name, codes, reference, watched, outputs, expected, least):
+_RUNTIMES = {'onnxruntime': _OnnxRuntime, 'openvino': _OpenVino}
+
+
+def _compared(codes, reference, watched, snapped):
+    """A `Tensor` for each of ``codes``. ``snapped``: whether they were computed with biases on their grid."""
     rows, seen = [], False
-    for tensor, mine in codes.items():
-        theirs = reference[tensor].astype(np.int64)
-        difference = np.abs(mine.astype(np.int64).reshape(theirs.shape) - theirs)
+    for name, mine in codes.items():
+        theirs = reference[name].astype(np.int64)
+        mine = mine.astype(np.int64).reshape(theirs.shape)
+        difference = np.abs(mine - theirs)
         count = int(np.count_nonzero(difference))
-        cause = _cause(tensor, mine, theirs, watched) if count and not seen else ''
+        cause = _cause(name, mine, theirs, watched, snapped) if count and not seen else ''
         seen |= bool(count)
-        rows.append(Tensor(tensor, difference.size, count, int(difference.max(initial=0)), cause))
+        rows.append(Tensor(name, difference.size, count, int(difference.max(initial=0)), cause))
+    return rows
+
+
+def _added(rung, rows, outputs, expected):
+    """``rung`` with what one more batch has shown."""
+    before = rung.tensors or [row._replace(size=0, count=0, largest=0, cause='') for row in rows]
+    tensors = [Tensor(old.name, old.size + new.size, old.count + new.count, max(old.largest, new.largest),
+                      old.cause or new.cause) for old, new in zip(before, rows)]
     output = max(float(np.abs(mine.reshape(theirs.shape) - theirs).max(initial=0))
                  for mine, theirs in zip(outputs, expected))
-    return Rung(name, rows, output, _top1(outputs, expected), least)
+    return rung._replace(tensors=tensors, output=max(rung.output, output))
 
 
-def _top1(outputs, expected):
-    if expected[0].ndim != 2 or expected[0].shape[1] < 2:
+def _top1(found, expected):
+    if expected.ndim != 2 or expected.shape[1] < 2:
         return None
-    return float((outputs[0].reshape(expected[0].shape).argmax(1) == expected[0].argmax(1)).mean())
+    return float((found.reshape(expected.shape).argmax(1) == expected.argmax(1)).mean())
 
 
-def _cause(tensor, mine, theirs, watched):
+def _cause(tensor, mine, theirs, watched, snapped):
     """The class of most differences in a tensor all of whose inputs are equal."""
     if tensor not in watched and tensor.replace('.codes', '.unclipped') not in watched:
         return 'inputs differ'
@@ -266,13 +299,15 @@ def _cause(tensor, mine, theirs, watched):
         return 'saturation'
     if ((place < low - 0.5) | (place > high + 0.5)).mean() > 0.5:
         return 'clip'
-    if type(value).__name__ == 'Mean':
+    if isinstance(value, Mean):
         return 'average pooling'
     to_tie = np.abs(place - np.floor(place) - 0.5)
     ulp = np.spacing(np.abs(place).astype(np.float32) + 1)
     if (to_tie <= 4 * ulp).mean() > 0.5:
         return 'rounding tie'
+    if not snapped and isinstance(value, Products):
+        return 'bias rounding'
     # A float32 sum of n products errs by up to n ulps of the largest partial sum; 1e-3 steps cover 10,000 of them.
     if (to_tie <= 1e-3).mean() > 0.5:
         return 'float accumulation order'
-    return 'bias rounding' if type(value).__name__ == 'Products' else 'other arithmetic'
+    return 'bias rounding' if isinstance(value, Products) else 'other arithmetic'
