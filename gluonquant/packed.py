@@ -1,14 +1,12 @@
 """`save_packed` and `load_packed`: a net for deployment in one small file. `integer.packed_file` has the format."""
 import json
-import os
-from contextlib import suppress
 
 import numpy as np
 from mxnet import nd
 
 from .export.engines import ENGINES
 from .export.lower import Lowering
-from .export.onnx_file import final_net, input_shapes
+from .export.onnx_file import final_net, input_shapes, replace_file
 from .graph import GraphNet
 from .integer.packed_file import content, read_packed
 from .registry import nearest
@@ -54,7 +52,7 @@ def save_packed(net, path, input_shape, *, target='onnxruntime', architecture=''
     header = {'architecture': architecture, 'weights': weights, 'gluon': gluon, 'model': {
         'nodes': [vars(node) for node in model.nodes], 'inputs': model.inputs, 'outputs': model.outputs,
         'opset': model.opset, 'metadata': model.metadata, 'constants': constants}}
-    _write(path, content(header, arrays))
+    replace_file(path, content(header, arrays))
     return final
 
 
@@ -118,19 +116,6 @@ def _source(net, path):
         raise ValueError(f'{path}: its weight is computed ({source.op} {net.label(source)!r}), packed files hold '
                          'Parameters')
     return net.paths[source.name]
-
-
-def _write(path, data):
-    unfinished = f'{os.fspath(path)}.part{os.getpid()}'
-    try:
-        with open(unfinished, 'wb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(unfinished)
 
 
 def load_packed(path, ctx=None):

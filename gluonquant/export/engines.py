@@ -20,6 +20,9 @@ class Engine:
         Grids narrower than their type are clipped as codes. Otherwise as real numbers, in front of QuantizeLinear.
     integer_bias : bool
         Biases are int32 codes behind DequantizeLinear.
+    explicit : bool
+        Quantizers of activations stand in the graph. Otherwise the engine is told their ranges, which have to be those
+        of 8 symmetric bits.
     """
     name: str
     signed: str
@@ -27,6 +30,7 @@ class Engine:
     moves_codes: bool
     clips_codes: bool
     integer_bias: bool
+    explicit: bool = True
 
     def grid(self, path, quantizer):
         """The `Grid` of an activation quantizer; ValueError says why the engine has none for it."""
@@ -41,9 +45,10 @@ class Engine:
                 f'its codes, {quantizer.method} of {own.bits} bits, reach from {own.qmin} to {own.qmax}, which {dtype} '
                 'does not hold. ' + ('Quantize to at most 8 bits' if own.bits > 8 else
                                      f'Attach with target={self.name!r}, so that codes are signed'))
-        encoder = None
-        if hasattr(quantizer, 'encoder'):
-            encoder = quantizer.encoder()
+        encoder = quantizer.encoder() if hasattr(quantizer, 'encoder') else None
+        if not self.explicit and (own.bits != 8 or zero_point or encoder):
+            raise ValueError(f'{quantizer.method} of {own.bits} bits is no symmetric 8-bit grid, and a range tells no '
+                             "other. Attach with bits=8, method='int8', target='tensorrt'")
         return Grid(path, scale, int(zero_point) + shift, low, high, dtype, encoder)
 
 
@@ -51,3 +56,4 @@ ENGINES = {engine.name: engine for engine in (
     Engine('onnxruntime', 'uint8', 'uint8', moves_codes=True, clips_codes=True, integer_bias=True),
     Engine('openvino', 'int8', 'uint8', moves_codes=False, clips_codes=True, integer_bias=True),
     Engine('tensorrt', 'int8', 'int8', moves_codes=False, clips_codes=False, integer_bias=False))}
+PLAIN = Engine('tensorrt', 'int8', 'int8', moves_codes=False, clips_codes=False, integer_bias=False, explicit=False)

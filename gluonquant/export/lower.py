@@ -39,6 +39,7 @@ class Lowering:
     ----------
     net : GraphNet
     shapes : dict, {(node, index): shape}; 0 where a size is that of the batch.
+    ranges : dict, {tensor: Grid} where quantizers do not stand in the graph
     weights : dict, {constant that holds codes of a weight: path of its quantizer}
     """
 
@@ -48,7 +49,7 @@ class Lowering:
         self.inputs = shapes
         self.shapes = _free_batch(net.graph, shapes, {name: net.parameter(name).shape for name in net.paths})
         self.made = integer.Model([], {}, {}, {}, self.opset)
-        self.values, self.tensors, self.weights = {}, [], {}
+        self.values, self.tensors, self.weights, self.ranges = {}, [], {}, {}
         self._names, self._written, self._real_constants = set(), {}, {}
 
     def model(self, outputs=None):
@@ -254,6 +255,9 @@ class Lowering:
             readers = ', '.join(repr(self.net.label(reader)) for reader in self.net.graph.readers(node)[:3])
             raise ValueError(f'{node.attrs["quantizer"]} (read by {readers}) cannot be exported to {self.engine.name}: '
                              f'{error}') from None
+        if not self.engine.explicit:
+            self.ranges[self.real(source)] = grid
+            return Real(self.real(source), grid)
         made = self.quantize(source, grid)
         codes = made if isinstance(made, Codes) else self.codes(made)
         if codes is not None:

@@ -113,13 +113,18 @@ def to_proto(onnx, model):
 def write(onnx, model, path):
     """Write a `Model`; an existing file stays until the new one is complete."""
     proto = to_proto(onnx, model)
+    replace_file(path, proto.SerializeToString())
+
+
+def replace_file(path, content):
+    """Write bytes; an existing file stays until the new one is complete."""
     unfinished = f'{os.fspath(path)}.part{os.getpid()}'
     try:
         with open(unfinished, 'wb') as file:
-            file.write(proto.SerializeToString())
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         with suppress(FileNotFoundError):
             os.remove(unfinished)
-
-

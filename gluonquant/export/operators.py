@@ -152,10 +152,22 @@ def adaptive_pooling(to, node):
     source = to.real(to.value(node.inputs[0]))
     if (rows, columns) == (1, 1):
         return _real(to, node, 'GlobalAveragePool', [source])
-    if height % rows or width % columns:
-        raise to.refused(node, f'{height}x{width} does not divide into {rows}x{columns} windows of one size')
-    window = [height // rows, width // columns]
-    return _real(to, node, 'AveragePool', [source], kernel_shape=window, strides=window)
+    if height % rows == 0 and width % columns == 0:
+        window = [height // rows, width // columns]
+        return _real(to, node, 'AveragePool', [source], kernel_shape=window, strides=window)
+    label = to.net.label(node)      # windows differ in size and overlap: the mean over each axis is a matrix
+    right = to.constant(f'{label}.columns', _means(width, columns).T)
+    inner = to.write('MatMul', [source, right], to.free(f'{label}.narrowed'))
+    return _real(to, node, 'MatMul', [to.constant(f'{label}.rows', _means(height, rows)), inner])
+
+
+def _means(size, count):
+    """The matrix (count, size) that averages over the windows of adaptive pooling."""
+    matrix = np.zeros((count, size), np.float32)
+    for number in range(count):
+        window = slice(number * size // count, -(-(number + 1) * size // count))
+        matrix[number, window] = 1 / len(matrix[number, window])
+    return matrix
 
 
 # Activations
@@ -467,9 +479,17 @@ def bilinear(to, node):
     if 0 in old[1:]:
         raise to.refused(node, 'the size of its input is unknown')
     scales = to.constant(f'{to.net.label(node)}.scales',
-                         np.array([1, 1, *(new / size for new, size in zip(shape[2:], old[2:]))], np.float32))
+                         np.array([1, 1, *map(_scale, shape[2:], old[2:])], np.float32))
     return _real(to, node, 'Resize', [to.real(to.value(node.inputs[0])), '', scales], mode='linear',
                  coordinate_transformation_mode='align_corners' if aligned else 'half_pixel')
+
+
+def _scale(new, old):
+    """The scale by which an axis grows, in float32, such that their product, rounded down, is the new size."""
+    scale = np.float32(new / old)
+    while int(np.float32(old) * scale) < new:
+        scale = np.nextafter(scale, np.float32(np.inf))
+    return scale
 
 
 @writes('depth_to_space', 'space_to_depth')
