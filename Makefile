@@ -53,7 +53,7 @@ $(VENV)/demo.stamp: $(VENV)/venv.stamp requirements/demo.txt requirements/gluonc
 	@$(BIN)/python -c "import gluonquant.ops"
 	@touch $@
 
-$(VENV)/test.stamp: $(VENV)/demo.stamp requirements/test.txt
+$(VENV)/test.stamp: $(VENV)/demo.stamp requirements/test.txt requirements/deploy.txt
 	$(BIN)/python -m pip install --quiet -r requirements/test.txt
 	@touch $@
 

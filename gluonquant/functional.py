@@ -8,6 +8,8 @@ so ``value + mask * zero_with_gradient(x)`` equals ``value`` to the last bit whi
 Inf turn the zero into NaN: a broken activation is never hidden by a clip.
 """
 import atexit
+import os
+import warnings
 
 import mxnet as mx
 from mxnet._ctypes.symbol import _symbol_creator
@@ -195,6 +197,14 @@ def elementwise_gradient_scaling(F, x, error, delta):
 
 
 def quantize_gradient(F, x, bits):
-    """x, whose gradient is rounded stochastically to ``bits`` bits on the range of each sample (arXiv:1606.06160)."""
+    """x, whose gradient is rounded stochastically to ``bits`` bits on the range of each sample (arXiv:1606.06160).
+
+    For imperative training: between hybridized convolutions, MXNet 1.9.1 runs Python operators before their inputs are
+    there, unless MXNET_ENGINE_TYPE=NaiveEngine.
+    """
+    if F is mx.sym and os.environ.get('MXNET_ENGINE_TYPE') != 'NaiveEngine':
+        warnings.warn('hybridized, gradients may be quantized before they are computed, a fault of MXNet 1.9.1: train '
+                      'imperatively, or set MXNET_ENGINE_TYPE=NaiveEngine before the import', stacklevel=2)
     noise = F.random.uniform_like(F.BlockGrad(x), low=-0.5, high=0.5)
-    return F.Custom(x, F.BlockGrad(noise), op_type='gluonquant_quantize_gradient', bits=bits)
+    # A Python operator reads oneDNN's blocked arrays as if they were not; products are in the default layout.
+    return F.Custom(x * 1, F.BlockGrad(noise), op_type='gluonquant_quantize_gradient', bits=bits) * 1

@@ -9,7 +9,8 @@ from .export.onnx_file import is_final, require
 from .finalize import finalize
 from .graph import GraphNet, as_graph
 from .integer import Runner
-from .integer.values import Mean, Products
+from .integer.operators import TABLE
+from .integer.values import Mean, Products, Real
 from .registry import nearest
 from .symbol_graph import QUANTIZE, evaluate
 
@@ -139,7 +140,7 @@ def verify(net, path, batches, runtimes=('onnxruntime',), least=None, inputs='da
     rungs = {name: Rung(name, [], 0.0, None, least[name]) for name in ways}
     outputs = {name: [] for name in ('integer', *ways)}
     for batch in _batches(batches):
-        watched = _Watched()
+        watched = _Watched(runner.model)
         reference = runner(batch, keep='codes', watch=watched)
         expected = [reference[name] for name in runner.model.outputs]
         outputs['integer'].append(expected)
@@ -158,11 +159,34 @@ def _batches(given):
         yield batch.asnumpy() if isinstance(batch, nd.NDArray) else np.asarray(batch, np.float32)
 
 
-class _Watched(dict):
-    """{name of codes: (value that was rounded, grid)}."""
+class _Watched:
+    """What the integer runner has rounded, and where in the steps of its grid that lay."""
+
+    def __init__(self, model):
+        self.model, self.makers, self.values = model, model.maker(), {}
 
     def __call__(self, node, value, grid):
-        self[node.outputs[0]] = value, grid
+        self.values[node.outputs[0]] = value, grid
+
+    def source(self, name):
+        """(value, grid) behind the first quantizer on the way to the codes ``name``."""
+        while name not in self.values:
+            name = self.makers[name].inputs[0]
+        return self.values[name]
+
+    def places(self, name):
+        """The exact numbers that became the codes ``name``, in units of codes: float64, not rounded, not clipped."""
+        if name in self.values:
+            value, grid = self.values[name]
+            scale, zero = grid.like(value.array.ndim if hasattr(value, 'array') else value.exact().ndim)
+            return value.exact() / scale.astype(np.float64) + zero
+        node = self.makers[name]
+        if node.op == 'Clip':
+            return self.places(node.inputs[0])
+        constants = self.model.constants
+        inputs = [constants[other] if other in constants else Real(self.places(other))
+                  for other in node.inputs if other]
+        return TABLE[node.op](node.attrs, *inputs).real()
 
 
 def _tensors(path, model):
@@ -284,30 +308,26 @@ def _top1(found, expected):
     return float((found.reshape(expected.shape).argmax(1) == expected.argmax(1)).mean())
 
 
-def _cause(tensor, mine, theirs, watched, snapped):
+def _cause(name, mine, theirs, watched, snapped):
     """The class of most differences in a tensor all of whose inputs are equal."""
-    if tensor not in watched and tensor.replace('.codes', '.unclipped') not in watched:
-        return 'inputs differ'
-    value, grid = watched.get(tensor) or watched[tensor.replace('.codes', '.unclipped')]
-    differs = mine.reshape(theirs.shape) != theirs
-    low, high = theirs.min(), theirs.max()
-    scale, zero = grid.like(theirs.ndim)
-    place = (value.exact() / scale.astype(np.float64) + zero)
-    place = np.broadcast_to(place, theirs.shape)[differs]
-    info = np.iinfo(grid.dtype)
-    if ((place < info.min) | (place > info.max)).mean() > 0.5:
+    value, grid = watched.source(name)
+    place = np.broadcast_to(watched.places(name), theirs.shape)[mine != theirs]
+    low, high, info = theirs.min(), theirs.max(), np.iinfo(grid.dtype)
+
+    def most(where):
+        return np.mean(where) > 0.5
+    if most((place < info.min - 0.5) | (place > info.max + 0.5)):
         return 'saturation'
-    if ((place < low - 0.5) | (place > high + 0.5)).mean() > 0.5:
+    if most((place < low - 0.5) | (place > high + 0.5)):
         return 'clip'
     if isinstance(value, Mean):
         return 'average pooling'
     to_tie = np.abs(place - np.floor(place) - 0.5)
-    ulp = np.spacing(np.abs(place).astype(np.float32) + 1)
-    if (to_tie <= 4 * ulp).mean() > 0.5:
+    if most(to_tie <= 4 * np.spacing(np.abs(place).astype(np.float32) + 1)):
         return 'rounding tie'
     if not snapped and isinstance(value, Products):
         return 'bias rounding'
     # A float32 sum of n products errs by up to n ulps of the largest partial sum; 1e-3 steps cover 10,000 of them.
-    if (to_tie <= 1e-3).mean() > 0.5:
+    if most(to_tie <= 1e-3):
         return 'float accumulation order'
     return 'bias rounding' if isinstance(value, Products) else 'other arithmetic'

@@ -110,7 +110,8 @@ def run(args):
     print(found)
     for rung, top1 in accuracy.items():
         print(f'{rung:32}{top1:8.4f}')
-    print(', '.join(f'{os.path.basename(paths[name])} {size / 1000:,.1f} kB' for name, size in results['bytes'].items()))
+    for name, size in results['bytes'].items():
+        print(f'{os.path.basename(paths[name]):32}{size / 1000:8,.1f} kB')
     return 0 if found.passed else 1
 
 

@@ -66,8 +66,9 @@ def require(package, purpose):
     try:
         return importlib.import_module(package)
     except ImportError as error:
+        extra = 'openvino' if package == 'openvino' else 'deploy'
         raise ImportError(f"{package} is needed {purpose} and cannot be imported ({error}): "
-                          "pip install 'gluonquant[deploy]'") from error
+                          f"pip install 'gluonquant[{extra}]'") from error
 
 
 def is_final(net):
