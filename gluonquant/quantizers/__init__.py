@@ -26,9 +26,9 @@ __all__ = [
 
 
 def available(role=None):
-    """Names of the registered methods, sorted; of one role ('weight' or 'activation') if given."""
+    """Names of the methods to train with, sorted; of one role ('weight' or 'activation') if given."""
     tables = TABLES.values() if role is None else [_table(role)]
-    return sorted({name for table in tables for name in table.names()})
+    return sorted({name for table in tables for name in table.names() if getattr(table.get(name), 'trains', True)})
 
 
 def create(name, bits, role='weight', signed=None, per_channel=None, axis=0, **options):

@@ -19,6 +19,7 @@ class FixedWeight(WeightQuantizer):
 
     State: ``scale``, one per channel or (1,); ``initialized``.
     """
+    trains = False
     marker = 'initialized'
     holds = tracks = False
 
