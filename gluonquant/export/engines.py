@@ -23,6 +23,8 @@ class Engine:
     explicit : bool
         Quantizers of activations stand in the graph. Otherwise the engine is told their ranges, which have to be those
         of 8 symmetric bits.
+    deep_stem : bool
+        See `stem`.
     """
     name: str
     signed: str
@@ -31,6 +33,7 @@ class Engine:
     clips_codes: bool
     integer_bias: bool
     explicit: bool = True
+    deep_stem: bool = False
 
     def grid(self, path, quantizer):
         """The `Grid` of an activation quantizer; ValueError says why the engine has none for it."""
@@ -53,7 +56,7 @@ class Engine:
 
 
 ENGINES = {engine.name: engine for engine in (
-    Engine('onnxruntime', 'uint8', 'uint8', moves_codes=True, clips_codes=True, integer_bias=True),
+    Engine('onnxruntime', 'uint8', 'uint8', moves_codes=True, clips_codes=True, integer_bias=True, deep_stem=True),
     Engine('openvino', 'int8', 'uint8', moves_codes=False, clips_codes=True, integer_bias=True),
     Engine('tensorrt', 'int8', 'int8', moves_codes=False, clips_codes=False, integer_bias=False))}
 PLAIN = Engine('tensorrt', 'int8', 'int8', moves_codes=False, clips_codes=False, integer_bias=False, explicit=False)

@@ -9,6 +9,7 @@ from ..integer.constants import absorb, bias_codes
 from ..symbol_graph import BIAS, QUANTIZE, VARIABLE, Entry, ancestors
 from .engines import ENGINES
 from .operators import WRITERS
+from .stem import deepen
 from .values import Clamped, Codes, Moved, Real
 
 FORMAT = 1
@@ -29,7 +30,9 @@ def lower(net, shapes, target='onnxruntime', int4=False, outputs=None, opset=Non
     ValueError
         An operator, or a quantizer, that cannot be expressed; the node and its layer are named.
     """
-    return Lowering(net, shapes, ENGINES[target], int4, opset).model(outputs)
+    engine = ENGINES[target]
+    model = Lowering(net, shapes, engine, int4, opset).model(outputs)
+    return deepen(model) if engine.deep_stem else model
 
 
 class Lowering:

@@ -334,6 +334,11 @@ def passed(to, node):
     return to.value(node.inputs[0])
 
 
+@writes('amp_multicast')
+def passed_together(to, node):
+    return [to.value(entry) for entry in node.inputs]
+
+
 @writes('Concat')
 def concat(to, node):
     axis = int(node.attrs.get('dim', 1))
