@@ -11,11 +11,13 @@ from .graph import GraphNet, as_graph
 from .integer import Runner
 from .integer.operators import TABLE
 from .integer.values import Mean, Products, Real
+from .mxnet_int8 import codes as mxnet_codes
+from .mxnet_int8 import to_mxnet_int8
 from .registry import nearest
 from .symbol_graph import QUANTIZE, evaluate
 
 # Biases change when a net is finalized, by how much depends on bits: that rung is for information.
-LEAST = {'trained': 0.0, 'final': 0.99, 'onnxruntime': 1.0, 'openvino': 0.95}
+LEAST = {'trained': 0.0, 'final': 0.99, 'onnxruntime': 1.0, 'openvino': 0.95, 'mxnet': 0.95}
 
 
 class Tensor(NamedTuple):
@@ -109,7 +111,8 @@ def verify(net, path, batches, runtimes=('onnxruntime',), least=None, inputs='da
     path : str, of the file that `export_onnx` wrote
     batches : NDArray or float32 array, or an iterable of them
         Real data: what saturates or ties, does so on real data.
-    runtimes : sequence of 'onnxruntime', 'openvino'
+    runtimes : sequence of 'onnxruntime', 'openvino', 'mxnet'
+        The last is `to_mxnet_int8`.
     least : dict, optional
         {rung: share of equal codes that it has to reach}, in place of ``LEAST``: 'trained' and 'final' are the
         fake-quantized net before and after `finalize`, the others runtimes.
@@ -134,8 +137,9 @@ def verify(net, path, batches, runtimes=('onnxruntime',), least=None, inputs='da
                              f'{", ".join(_RUNTIMES)}')
     runner = Runner(path)
     tensors = _tensors(path, runner.model)
-    ways = {name: _Gluon(source, tensors) for name, source in _gluon_rungs(net, inputs)}
-    ways.update((runtime, _RUNTIMES[runtime](path, runner.model, tensors)) for runtime in runtimes)
+    nets = dict(_gluon_rungs(net, inputs))
+    ways = {name: _Gluon(source, tensors) for name, source in nets.items()}
+    ways.update((runtime, _RUNTIMES[runtime](path, runner.model, tensors, nets['final'])) for runtime in runtimes)
     least = {**LEAST, **(least or {})}
     rungs = {name: Rung(name, [], 0.0, None, least[name]) for name in ways}
     outputs = {name: [] for name in ('integer', *ways)}
@@ -229,7 +233,7 @@ class _Gluon:
 
 
 class _OnnxRuntime:
-    def __init__(self, path, model, tensors):
+    def __init__(self, path, model, tensors, net):
         ort = require('onnxruntime', 'to verify a file with it')
         onnx = require('onnx', 'to verify a file with ONNX Runtime')
         options = ort.SessionOptions()
@@ -249,7 +253,7 @@ class _OnnxRuntime:
 
 
 class _OpenVino:
-    def __init__(self, path, model, tensors):
+    def __init__(self, path, model, tensors, net):
         openvino = require('openvino', 'to verify a file with it')
         readers = model.readers()
         self.path, self.model, self.core, self.compiled = path, model, openvino.Core(), {}
@@ -275,7 +279,18 @@ class _OpenVino:
         return self.compiled[key]([batch])
 
 
-_RUNTIMES = {'onnxruntime': _OnnxRuntime, 'openvino': _OpenVino}
+class _MXNet:
+    def __init__(self, path, model, tensors, net):
+        self.block, self.tensors = to_mxnet_int8(net), tensors
+
+    def __call__(self, batch):
+        batch = nd.array(batch)
+        codes, out = mxnet_codes(self.block, batch), self.block(batch)
+        return ({name: codes[node] + shift for name, _, shift, node in self.tensors if node in codes},
+                [one.asnumpy() for one in (out if isinstance(out, (list, tuple)) else [out])])
+
+
+_RUNTIMES = {'onnxruntime': _OnnxRuntime, 'openvino': _OpenVino, 'mxnet': _MXNet}
 
 
 def _compared(codes, reference, watched, snapped):

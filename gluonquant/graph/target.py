@@ -53,7 +53,7 @@ TARGETS = {target.name: target for target in (
     Target('tensorrt', signed=True, sums='shortcut'),
     Target('onnxruntime', outputs=True, full_range=True),
     Target('openvino', sums='shortcut'),
-    Target('onednn', sums='shortcut'))}
+    Target('onednn', sums='shortcut', full_range=True))}
 
 
 def find(target):
