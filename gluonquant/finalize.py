@@ -86,7 +86,7 @@ def check_deployable(path, quantizer):
         raise RuntimeError(f'{path} does not quantize before {quantizer.delay_quant} training steps and has seen '
                            f'{int(quantizer.value("steps")[0])}: train on')
     if 'phase' in quantizer._reg_params and quantizer.value('phase')[0] < 1:
-        raise RuntimeError(f'{path} only clips in its first phase: gq.set_phase(net, 2) and fine-tune first')
+        raise RuntimeError(f'{path} only clips in its first phase: gq.set_phase(net, True) and fine-tune first')
 
 
 def weight_of(net, layer):
@@ -126,10 +126,14 @@ def _fit_bias(net, layer, node, overflow):
     codes, scale, factor = weight_of(net, layer)
     weights, scale = absorb(codes, scale, factor)
     bias = net.compute(node.inputs[0]).asnumpy()
-    step = net._children[node.attrs['activation']].qparams().scale[0]
+    activation = net._children[node.attrs['activation']]
+    step, zero = (values[0] for values in activation.qparams())
     reach, _ = bias_codes(bias, step, scale)
     idle = ~weights.reshape(len(weights), -1).any(1)
-    large = np.flatnonzero((np.abs(reach) > INT32) & ~idle)
+    # Room for the sum of products, too: engines add the bias first.
+    most = max(zero - activation.grid.qmin, activation.grid.qmax - zero)
+    room = INT32 - most * np.abs(weights.reshape(len(weights), -1)).sum(1).astype(np.float64)
+    large = np.flatnonzero((np.abs(reach) > room) & ~idle)
     if large.size and overflow == 'raise':
         worst = large[np.abs(reach[large]).argmax()]
         raise ValueError(f'layer {net.label(layer)!r}: the bias of {large.size} of {len(bias)} channels '
@@ -137,10 +141,9 @@ def _fit_bias(net, layer, node, overflow):
                          f'channel {worst} has {bias[worst]:.6g}, which is {abs(reach[worst]):.3g} steps of '
                          f'{step * np.broadcast_to(scale, bias.shape)[worst]:.3g}. The weights of such channels are '
                          "tiny beside their bias: leave them out with overflow='zero', or keep the layer float")
-    silent = np.flatnonzero(idle | np.isin(np.arange(len(bias)), large))
-    if not silent.size or (np.abs(reach[silent]) <= INT32).all():
-        return
-    _silence(net, layer, node, silent)
+    silent = np.flatnonzero((idle & (np.abs(reach) > INT32)) | np.isin(np.arange(len(bias)), large))
+    if silent.size:
+        _silence(net, layer, node, silent)
 
 
 def _silence(net, layer, node, channels):

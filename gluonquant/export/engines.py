@@ -25,6 +25,8 @@ class Engine:
         of 8 symmetric bits.
     deep_stem : bool
         See `stem`.
+    quantizes_weights : bool
+        The engine makes integers of float weights whose input is quantized, unless it is kept from it.
     """
     name: str
     signed: str
@@ -34,6 +36,7 @@ class Engine:
     integer_bias: bool
     explicit: bool = True
     deep_stem: bool = False
+    quantizes_weights: bool = False
 
     def grid(self, path, quantizer):
         """The `Grid` of an activation quantizer; ValueError says why the engine has none for it."""
@@ -56,7 +59,8 @@ class Engine:
 
 
 ENGINES = {engine.name: engine for engine in (
-    Engine('onnxruntime', 'uint8', 'uint8', moves_codes=True, clips_codes=True, integer_bias=True, deep_stem=True),
+    Engine('onnxruntime', 'uint8', 'uint8', moves_codes=True, clips_codes=True, integer_bias=True, deep_stem=True,
+           quantizes_weights=True),
     Engine('openvino', 'int8', 'uint8', moves_codes=False, clips_codes=True, integer_bias=True),
     Engine('tensorrt', 'int8', 'int8', moves_codes=False, clips_codes=False, integer_bias=False))}
 PLAIN = Engine('tensorrt', 'int8', 'int8', moves_codes=False, clips_codes=False, integer_bias=False, explicit=False)

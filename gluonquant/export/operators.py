@@ -51,7 +51,8 @@ def convolution(to, node):
     if node.attrs.get('layout', 'None') not in ('None', 'NCW', 'NCHW', 'NCDHW'):
         raise to.refused(node, f'its layout is {node.attrs["layout"]}, ONNX has channels first')
     weight, scale = to.weight(node)
-    return _real(to, node, 'Conv', [to.real(to.value(node.inputs[0])), weight, *to.bias(node, scale)],
+    source = _layer_input(to, to.value(node.inputs[0]), scale, to.net.label(node))
+    return _real(to, node, 'Conv', [source, weight, *to.bias(node, scale)],
                  kernel_shape=_sizes(node, 'kernel', axes), group=int(node.attrs.get('num_group', 1)),
                  **_window(node, axes))
 
@@ -80,16 +81,34 @@ def _window(node, axes):
 @writes('FullyConnected')
 def fully_connected(to, node):
     weight, scale = to.weight(node)
-    bias = to.bias(node, scale)
-    if node.attrs.get('flatten', 'True') in ('True', 'true', '1'):
-        source = to.value(node.inputs[0])
-        if len(to.shape(node.inputs[0])) != 2:
-            source = Moved(f'{to.net.label(node)}.flat', (source,),
-                           lambda name, sources, grid: to.write('Flatten', sources, name, axis=1))
-        return _real(to, node, 'Gemm', [to.real(source), weight, *bias], transB=1)
-    turned = to.write('Transpose', [weight], to.free(f'{to.net.label(node)}.turned'), perm=[1, 0])
-    made = to.write('MatMul', [to.real(to.value(node.inputs[0])), turned], to.name(node))
-    return Real(to.write('Add', [made, *bias], to.name(node)) if bias else made)
+    bias, source, shape = to.bias(node, scale), to.value(node.inputs[0]), to.shape(node.inputs[0])
+    label, wide = to.net.label(node), node.attrs.get('flatten', 'True') not in ('True', 'true', '1')
+    if wide and len(shape) != 2:        # every row by itself
+        source = _rows(to, f'{label}.rows', source, [-1, shape[-1]])
+    elif len(shape) != 2:
+        source = Moved(f'{label}.flat', (source,),
+                       lambda name, sources, grid: to.write('Flatten', sources, name, axis=1))
+    made = _real(to, node, 'Gemm', [_layer_input(to, source, scale, label), weight, *bias], transB=1)
+    if wide and len(shape) != 2:
+        return _rows(to, f'{label}.out', made, [size or -1 for size in to.shapes[node, 0]])
+    return made
+
+
+def _rows(to, name, source, sizes):
+    shape = to.constant(f'{name}.shape', np.asarray(sizes, np.int64))
+    return Moved(name, (source,), lambda free, sources, grid: to.write('Reshape', [*sources, shape], free))
+
+
+def _layer_input(to, source, scale, label):
+    """The real input of a layer whose weight has ``scale``, None for a float weight.
+
+    Beside codes, ONNX Runtime quantizes a float weight by itself, to 8 bits for the whole tensor. It does not if
+    something stands between the codes and the layer: the largest of one tensor.
+    """
+    name = to.real(source)
+    if scale is None and to.grid(source) is not None and to.engine.quantizes_weights:
+        return to.write('Max', [name], to.free(f'{label}.input'))
+    return name
 
 
 @writes('BatchNorm')
@@ -114,8 +133,8 @@ def pooling(to, node):
     if node.attrs.get('layout', 'None') not in ('None', 'NCW', 'NCHW', 'NCDHW'):
         raise to.refused(node, f'its layout is {node.attrs["layout"]}, ONNX has channels first')
     if node.says('global_pool'):
-        if kind == 'max':
-            return _moved(to, node, 'GlobalMaxPool')
+        if kind == 'max':       # GlobalMaxPool takes no integers
+            return _moved(to, node, 'MaxPool', kernel_shape=list(shape[2:]), strides=[1] * axes)
         return _real(to, node, 'GlobalAveragePool', [to.real(to.value(node.inputs[0]))])
     kernel, window = _sizes(node, 'kernel', axes), _window(node, axes)
     del window['dilations']
@@ -123,6 +142,8 @@ def pooling(to, node):
     if full not in ('valid', 'full'):
         raise to.refused(node, f'ONNX has no pooling convention {full!r}')
     extra = _overhang(shape[2:], kernel, window, full == 'full')
+    if any(pad + more >= wide for pad, more, wide in zip(window['pads'][axes:], extra, kernel)):
+        raise to.refused(node, f'its last window of size {tuple(kernel)} sees pads only')
     if kind == 'max':
         window['pads'] = [*window['pads'][:axes], *(size + more for size, more in zip(window['pads'][axes:], extra))]
         return _moved(to, node, 'MaxPool', kernel_shape=kernel, **window)

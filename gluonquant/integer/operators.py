@@ -7,7 +7,8 @@ import math
 
 import numpy as np
 
-from .values import F32, Clamped, Mean, Products, Quantized, Real, Sum
+from .elementary import FUNCTIONS
+from .values import F32, Average, Clamped, Mean, Multiplied, Products, Quantized, Real, Shares, Sum
 
 TABLE = {}
 
@@ -23,15 +24,20 @@ def operator(*names):
 def moving(*names):
     """Function decorator: ``function(attrs, array, *others)`` moves or selects elements, of whatever type."""
     def enter(function):
-        def compute(attrs, value, *others):
-            others = [other if other is None or isinstance(other, np.ndarray) else other.real() for other in others]
-            if isinstance(value, np.ndarray):
-                return function(attrs, value, *others)
-            if isinstance(value, Quantized):
-                return _each(function(attrs, value.array, *others), lambda array: Quantized(array, value.grid))
-            return _each(function(attrs, value.real(), *others), Real)
-        return operator(*names)(compute)
+        return operator(*names)(moved(function))
     return enter
+
+
+def moved(function):
+    """``function``, see `moving`, on values."""
+    def compute(attrs, value, *others):
+        others = [other if other is None or isinstance(other, np.ndarray) else other.real() for other in others]
+        if isinstance(value, Quantized):
+            return _each(function(attrs, value.array, *others), lambda array: Quantized(array, value.grid))
+        if isinstance(value, np.ndarray) and value.dtype != F32:
+            return function(attrs, value, *others)
+        return _each(function(attrs, _real(value), *others), Real)      # a real constant becomes a value
+    return compute
 
 
 def real(*names):
@@ -78,9 +84,26 @@ def matrix_product(attrs, x, weight):
 
 @operator('Add')
 def add(attrs, first, second):
-    if all(isinstance(each, Quantized) and each.array.dtype in (np.int8, np.uint8) for each in (first, second)):
+    if _are_codes(first, second):
         return Sum(first, second)
     return Real(_real(first) + _real(second))
+
+
+@operator('Mul')
+def multiply(attrs, first, second):
+    if _are_codes(first, second):
+        return Multiplied(first, second)
+    return Real(_real(first) * _real(second))
+
+
+@operator('Softmax')
+def softmax(attrs, x):
+    axis = attrs.get('axis', -1)
+    if _are_codes(x) and axis in (-1, x.array.ndim - 1):
+        return Shares(x)
+    x = x.real()
+    powers = np.exp(x - x.max(axis, keepdims=True))
+    return Real(powers / powers.sum(axis, keepdims=True))
 
 
 @operator('Relu')
@@ -95,6 +118,11 @@ def global_average(attrs, x):
         count = math.prod(x.array.shape[2:])
         return Mean(x.offsets().sum(axes, keepdims=True, dtype=np.int32), x.grid.scale, count)
     return Real(_real(x).mean(axes, keepdims=True, dtype=F32))
+
+
+def _are_codes(*values):
+    """Whether all are 8-bit codes."""
+    return all(isinstance(value, Quantized) and value.array.dtype in (np.int8, np.uint8) for value in values)
 
 
 def _products(total, x, weight, bias):
@@ -289,14 +317,53 @@ def space_to_depth(attrs, x):
         n, -1, h // size, w // size)
 
 
-@moving('Resize')
+@operator('Resize')
 def resize(attrs, x, roi=None, scales=None, sizes=None):
-    if attrs.get('mode', 'nearest') != 'nearest' or attrs.get('coordinate_transformation_mode') != 'asymmetric':
-        raise ValueError('only nearest neighbours, asymmetric, run here')
+    mode, where = attrs.get('mode', 'nearest'), attrs.get('coordinate_transformation_mode', 'half_pixel')
+    if mode == 'linear' and where in ('align_corners', 'half_pixel'):
+        return Real(_bilinear(_real(x), scales, where == 'align_corners'))
+    if mode != 'nearest' or where != 'asymmetric':
+        raise ValueError(f'resizing by {mode!r}, {where!r} does not run here: only nearest neighbours, asymmetric, and '
+                         'linear with align_corners or half_pixel')
+    return _repeated(attrs, x, scales)
+
+
+def _repeat(attrs, x, scales):
     for axis, scale in enumerate(scales):
         if scale != 1:
             x = np.repeat(x, int(scale), axis=axis)
     return x
+
+
+_repeated = moved(_repeat)
+
+
+def _bilinear(x, scales, aligned):
+    """Bilinear interpolation of the last two axes, summed in the order in which ONNX Runtime sums."""
+    (top, bottom, down, up), (left, right, far, near) = (
+        _neighbours(size, scale, aligned) for size, scale in zip(x.shape[2:], scales[2:]))
+    down, up = down[:, None], up[:, None]
+    above, below = x[:, :, top], x[:, :, bottom]
+    return (near * up * above[..., left] + far * up * above[..., right]
+            + near * down * below[..., left] + far * down * below[..., right])
+
+
+def _neighbours(size, scale, aligned):
+    """For each place of a resized axis, its two neighbours in the old axis, and the distance to each."""
+    scale = F32(scale)
+    new = int(F32(size) * scale)
+    places = np.arange(new, dtype=F32)
+    if aligned:
+        places = places * F32(size - 1) / F32(max(new - 1, 1))
+    else:
+        places = (places + F32(0.5)) / scale - F32(0.5)
+    places = np.clip(places, F32(0), F32(size - 1))
+    first = places.astype(np.int64)
+    second = np.minimum(first + 1, size - 1)
+    before, behind = np.abs(places - first.astype(F32)), np.abs(places - second.astype(F32))
+    at_end = first == second
+    before[at_end] = behind[at_end] = 0.5
+    return first, second, before, behind
 
 
 @operator('Pad')
@@ -319,7 +386,7 @@ def pad(attrs, x, pads, value=None):
 @operator('Concat')
 def concat(attrs, *values):
     axis = attrs['axis']
-    if all(isinstance(value, np.ndarray) for value in values):
+    if all(isinstance(value, np.ndarray) and value.dtype != F32 for value in values):
         return np.concatenate(values, axis)
     if all(isinstance(value, Quantized) and value.grid.same(values[0].grid) for value in values):
         return Quantized(np.concatenate([value.array for value in values], axis), values[0].grid)
@@ -336,8 +403,13 @@ def clip(attrs, x, low=None, high=None):
 
 # Real operators
 
-@real('AveragePool')
+@operator('AveragePool')
 def average_pool(attrs, x):
+    mean = _windowed_mean(attrs, x.real())
+    return Average(mean) if isinstance(x, Quantized) else Real(mean)
+
+
+def _windowed_mean(attrs, x):
     kernel = attrs['kernel_shape']
     window = _window(attrs, len(kernel))
     ceil = attrs.get('ceil_mode', 0)
@@ -386,13 +458,6 @@ def local_response(attrs, x):
     return x / (F32(attrs.get('bias', 1)) + F32(attrs['alpha'] / size) * total) ** F32(attrs['beta'])
 
 
-@real('Softmax')
-def softmax(attrs, x):
-    axis = attrs.get('axis', -1)
-    powers = np.exp(x - x.max(axis, keepdims=True))
-    return powers / powers.sum(axis, keepdims=True)
-
-
 @real('LogSoftmax')
 def log_softmax(attrs, x):
     axis = attrs.get('axis', -1)
@@ -429,13 +494,7 @@ for _name, _function in {'ReduceMean': np.mean, 'ReduceSum': np.sum, 'ReduceMax'
     real(_name)(_reduction(_function))
 real('ReduceL2')(_reduction(lambda x, **given: np.sqrt(np.square(x).sum(**given))))
 
-for _name, _function in {
-        'Sub': np.subtract, 'Mul': np.multiply, 'Div': np.divide, 'Pow': np.power, 'Max': np.maximum,
-        'Min': np.minimum, 'Sqrt': np.sqrt, 'Exp': np.exp, 'Log': np.log, 'Abs': np.abs, 'Neg': np.negative,
-        'Tanh': np.tanh, 'Reciprocal': np.reciprocal, 'Floor': np.floor, 'Ceil': np.ceil, 'Round': np.rint,
-        'Sin': np.sin, 'Cos': np.cos,
-        'Sigmoid': lambda x: 1 / (1 + np.exp(-x)), 'Softplus': lambda x: np.logaddexp(x, F32(0)),
-        'Softsign': lambda x: x / (1 + np.abs(x)), 'Erf': lambda x: np.vectorize(math.erf)(x)}.items():
+for _name, _function in FUNCTIONS.items():
     real(_name)(lambda attrs, *arrays, function=_function: function(*arrays))
 
 

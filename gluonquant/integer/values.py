@@ -135,6 +135,60 @@ class Mean(NamedTuple):
         return grid.clip(np.rint(self.array.astype(F32) * factor) + grid.zero_point)
 
 
+class Average(NamedTuple):
+    """The mean over windows of dequantized codes: rounded with the zero point, so that ties fall otherwise."""
+    array: np.ndarray
+
+    def real(self):
+        return self.array
+
+    def exact(self):
+        return self.array.astype(np.float64)
+
+    def codes(self, grid):
+        return grid.clip(np.rint((self.array / F32(grid.scale)).astype(F32) + F32(grid.zero_point)))
+
+
+class Multiplied(NamedTuple):
+    """first * second, both quantized: rounded with the zero point."""
+    first: Quantized
+    second: Quantized
+
+    def real(self):
+        return self.first.real() * self.second.real()
+
+    def exact(self):
+        return self.first.exact() * self.second.exact()
+
+    def codes(self, grid):
+        factor = F32(F32(F32(self.first.grid.scale) * F32(self.second.grid.scale)) / F32(grid.scale))
+        product = self.first.offsets().astype(F32) * self.second.offsets().astype(F32) * factor
+        return grid.clip(np.rint((product + F32(grid.zero_point)).astype(F32)))
+
+
+class Shares(NamedTuple):
+    """The softmax of codes along the last axis, from a table of integers."""
+    source: Quantized
+
+    def real(self):
+        x = self.source.real()
+        powers = np.exp(x - x.max(-1, keepdims=True))
+        return powers / powers.sum(-1, keepdims=True)
+
+    def exact(self):
+        x = self.source.exact()
+        powers = np.exp(x - x.max(-1, keepdims=True))
+        return powers / powers.sum(-1, keepdims=True)
+
+    def codes(self, grid):
+        codes = self.source.array.astype(np.int64) - np.iinfo(self.source.array.dtype).min
+        unit = min((2 ** 32 - 1) / codes.shape[-1], float(2 ** 23 - 1))
+        table = np.floor(np.exp((np.arange(256) - 255.) * np.float64(self.source.grid.scale)) * unit + .5)
+        powers = table.astype(np.uint32)[codes + 255 - codes.max(-1, keepdims=True)]
+        total = powers.sum(-1, keepdims=True, dtype=np.uint32).astype(F32)
+        return grid.clip(np.rint(powers.astype(F32) * np.floor(F32(1) / F32(grid.scale)) / total) + grid.zero_point)
+
+
 class Clamped(NamedTuple):
     """max(value, 0): a ReLU that is computed on codes, which gives the same since rounding keeps order."""
     value: tuple
