@@ -14,7 +14,8 @@ from ..symbol_graph import FOLDED, VARIABLE, Graph, integers
 from ..trace import LAYER_OPS, renew_variables
 from .converted import fold_again, marked, place_quantizers
 from .names import layer_path, scope_of, short_name
-from .net import GraphNet, make_parameters
+from .net import GraphNet
+from .parameters import make_parameters
 
 # What Gluon's layers start with, by place; None: what the net is initialized with.
 _INITIALIZERS = {**dict.fromkeys(('Convolution', 'Deconvolution', 'FullyConnected'), (None, None, 'zeros')),
