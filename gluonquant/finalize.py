@@ -95,6 +95,9 @@ def weight_of(net, layer):
     quantizer = net._children[node.attrs['quantizer']]
     weight = net.compute(node.inputs[0])
     scale, zero_point = quantizer.qparams(weight)
+    if not np.isfinite(weight.asnumpy()).all():
+        raise ValueError(f'the weight of {net.label(layer)!r} is not finite: training has diverged. Go back to an '
+                         'earlier checkpoint')
     codes = quantizer.quantize(weight).asnumpy()
     zeros = zero_point if quantizer.per_channel else zero_point[:1]
     shape = [1] * codes.ndim

@@ -297,13 +297,14 @@ def _compared(codes, reference, watched, snapped):
     """A `Tensor` for each of ``codes``. ``snapped``: whether they were computed with biases on their grid."""
     rows, seen = [], False
     for name, mine in codes.items():
-        theirs = reference[name].astype(np.int64)
-        mine = mine.astype(np.int64).reshape(theirs.shape)
-        difference = np.abs(mine - theirs)
-        count = int(np.count_nonzero(difference))
+        theirs = reference[name]
+        mine = mine.reshape(theirs.shape)
+        differs = mine != theirs
+        count = int(np.count_nonzero(differs))
+        largest = int(np.abs(mine[differs].astype(np.int64) - theirs[differs]).max(initial=0))
         cause = _cause(name, mine, theirs, watched, snapped) if count and not seen else ''
         seen |= bool(count)
-        rows.append(Tensor(name, difference.size, count, int(difference.max(initial=0)), cause))
+        rows.append(Tensor(name, differs.size, count, largest, cause))
     return rows
 
 

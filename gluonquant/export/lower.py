@@ -50,7 +50,7 @@ class Lowering:
         self.net, self.engine, self.int4 = net, engine, int4
         self.opset = opset or (21 if int4 else 13)
         self.inputs = shapes
-        self.shapes = _free_batch(net.graph, shapes, {name: net.parameter(name).shape for name in net.paths})
+        self.shapes = _free_batch(net.graph, shapes, {name: tuple(net.parameter(name).shape) for name in net.paths})
         self.made = integer.Model([], {}, {}, {}, self.opset)
         self.values, self.tensors, self.weights, self.ranges = {}, [], {}, {}
         self._names, self._written, self._real_constants = set(), {}, {}
@@ -66,6 +66,7 @@ class Lowering:
             source = self.real(self.values[entry.node, entry.index])
             self.write('Identity', [source], name)
             self.made.outputs[name] = self._shape(entry)
+        _drop_unread(self.made)
         _skip_identities(self.made)
         self.made.metadata = self._metadata()
         return self.made
@@ -111,7 +112,22 @@ class Lowering:
     def refused(self, node, reason):
         """The ValueError for a node that cannot be exported."""
         return ValueError(f'{node.op} {self.net.label(node)!r} cannot be exported: {reason}. Export what comes before '
-                          'it with outputs=[...], names of nodes, and compute the rest outside')
+                          f'with outputs={self._frontier(node)}, and compute the rest outside')
+
+    def _frontier(self, refused):
+        """Labels of the last nodes that can be exported, as a list in a message."""
+        beyond, found = {refused}, []
+        for node in self.net.graph.nodes():
+            known = node.op in WRITERS or node.op in (QUANTIZE, BIAS, VARIABLE) or self.constant_input(Entry(node))
+            if not known or any(entry.node in beyond for entry in node.inputs):
+                beyond.add(node)
+        for node in self.net.graph.nodes():
+            if node in beyond:
+                for entry in node.inputs:
+                    source = entry.node.inputs[0].node if entry.node.op == QUANTIZE else entry.node
+                    if source not in beyond and source.op != VARIABLE and not self.constant_input(Entry(source)):
+                        found.append(self.net.label(source))
+        return list(dict.fromkeys(found))
 
     def free(self, name):
         """``name``, or ``name_2`` and so on if that is taken."""
@@ -412,6 +428,17 @@ def _free_batch(graph, shapes, parameters):
         found.append(graph.shapes(**parameters, **known))
     return {key: tuple(0 if size != other else size for size, other in zip(shape, found[1][key]))
             for key, shape in found[0].items()}
+
+
+def _drop_unread(model):
+    """Take away what no output depends on: a writer may find that it needs no tensor of an input, only its shape."""
+    wanted, kept = set(model.outputs), []
+    for node in reversed(model.nodes):
+        if wanted & set(node.outputs):
+            wanted.update(node.inputs)
+            kept.append(node)
+    model.nodes = kept[::-1]
+    model.constants = {name: array for name, array in model.constants.items() if name in wanted}
 
 
 def _skip_identities(model):

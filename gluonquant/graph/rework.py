@@ -114,18 +114,12 @@ class Reworked:
 
     def _told(self, told):
         """Note in the decisions what became of each BatchNorm; returns it by short name."""
-        told = {short_name(name, self.scope): self._shortened(sentence) for name, sentence in told.items()}
+        labels = {node.name: self.label(node) for node in self.graph.nodes()}
+        told = {short_name(name, self.scope): _shortened(sentence, labels) for name, sentence in told.items()}
         rows = {name: Decision(name, 'BatchNorm', '', None, sentence) for name, sentence in told.items()}
         self.decisions = [rows.pop(row.node, row) if row.op == 'BatchNorm' else row for row in self.decisions]
         self.decisions += rows.values()
         return told
-
-    def _shortened(self, sentence):
-        """A sentence with short names between its quotes."""
-        labels = {node.name: self.label(node) for node in self.graph.nodes()}
-        parts = sentence.split("'")
-        parts[1::2] = [labels.get(name, name) for name in parts[1::2]]
-        return "'".join(parts)
 
     def _take(self, arrays):
         """Give the variables in ``arrays`` Parameters of their own, and forget those that nothing reads any more."""
@@ -161,3 +155,10 @@ def _freeze_folded(node, frozen):
     norm = json.loads(node.attrs['norm'])
     norm['attrs']['use_global_stats'] = str(bool(frozen))
     node.attrs['norm'] = json.dumps(norm)
+
+
+def _shortened(sentence, labels):
+    """A sentence with labels in place of the names between its quotes."""
+    parts = sentence.split("'")
+    parts[1::2] = [labels.get(name, name) for name in parts[1::2]]
+    return "'".join(parts)

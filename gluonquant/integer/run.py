@@ -66,7 +66,7 @@ class Runner:
                     uses[name] -= 1
                     if not uses[name]:
                         del values[name]
-        return kept
+        return {**{name: kept[name] for name in self.model.outputs}, **kept}
 
     def _check(self, inputs):
         expected = self.model.inputs
@@ -80,6 +80,7 @@ class Runner:
     def _run(self, node, inputs, watch):
         if node.op == 'QuantizeLinear':
             value, scale, zero = inputs
+            value = Real(value) if isinstance(value, np.ndarray) else value
             grid = Grid(scale, zero, zero.dtype, node.attrs.get('axis', 1))
             if watch is not None:
                 watch(node, value, grid)

@@ -7,7 +7,7 @@ from onnx import TensorProto, helper
 
 from gluonquant.export.onnx_file import to_proto, write
 from gluonquant.integer import Model, Node, Runner, read
-from gluonquant.integer.operators import convolve, matmul
+from gluonquant.integer.window import convolve, matmul
 
 SHAPE = (2, 4, 9, 9)
 RANDOM = np.random.RandomState(0)
