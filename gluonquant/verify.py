@@ -219,17 +219,23 @@ class _Gluon:
                 raise ValueError(f'the file has the tensor of {name!r}, the net does not: it was exported from another')
 
     def __call__(self, batch):
-        net, inputs, wanted = self.net, {}, {name for _, _, _, name in self.tensors}
+        net, codes, wanted = self.net, {}, {name for _, _, _, name in self.tensors}
 
         def run(F, node, arrays):
+            out = net._run(F, node, arrays)
             if node.op == QUANTIZE and node.name in wanted:
-                inputs[node.name] = net._children[node.attrs['quantizer']].quantize(arrays[0]).asnumpy()
-            return net._run(F, node, arrays)
+                quantizer = net._children[node.attrs['quantizer']]
+                if 'nudged' in quantizer._reg_params:       # values need not be whole numbers of steps
+                    codes[node.name] = quantizer.quantize(arrays[0]).asnumpy()
+                else:
+                    scale, zero = (values[0] for values in quantizer.qparams())
+                    codes[node.name] = np.rint(out.asnumpy() / scale).astype(np.int32) + zero
+            return out
         values = {name: net.parameter(name).data() for name in net.paths}
         values[net.inputs[0]] = nd.array(batch)
         with autograd.pause():
             out = evaluate(nd, self.nodes, values, run)[net.graph.heads]
-        return {name: inputs[node] + shift for name, _, shift, node in self.tensors}, [one.asnumpy() for one in out]
+        return {name: codes[node] + shift for name, _, shift, node in self.tensors}, [one.asnumpy() for one in out]
 
 
 class _OnnxRuntime:
