@@ -237,7 +237,8 @@ def finish(net, args, state):
     """Print the table; write results.json and curves.png."""
     summary = gq.summary(net)
     sizes = {'float': summary.float_bytes, 'quantized': summary.quantized_bytes}
-    title = f'{args.model}, {args.bits} bits, {args.data_dir or args.dataset}'
+    data = os.path.basename(os.path.abspath(args.data_dir)) if args.data_dir else args.dataset
+    title = f'{args.model}, {args.bits} bits, {data}'
     tuned = [row['val_accuracy'] for row in state['history'] if row['stage'] == 'quantized']
     report.write_json(os.path.join(args.save_dir, 'results.json'), {
         'command': shlex.join(['python', *sys.argv]), 'versions': report.versions(),

@@ -69,6 +69,6 @@ def plot(path, history, accuracy, title):
     if history:
         left.set_yscale('log')
     right.set(xlabel='epoch', ylabel='top-1, %', title=title)
-    right.legend(loc='lower right')
+    right.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
