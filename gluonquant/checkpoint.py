@@ -4,8 +4,6 @@ The file is a NumPy archive (.npz, never pickled): every Parameter under its str
 with what `convert` decided for each layer. It is written beside its place and moved there when complete.
 """
 import json
-import os
-from contextlib import suppress
 
 import numpy as np
 from mxnet import nd
@@ -13,6 +11,7 @@ from mxnet.gluon import nn
 
 from .config import PLAN_VERSION, LayerConfig
 from .convert import apply, clear_caches, undo
+from .files import replacing
 from .graph import GraphNet, as_graph
 from .layers import layers, named_blocks, quantizers
 from .switches import batchnorms
@@ -41,16 +40,8 @@ def save(net, path):
         arrays[name] = parameter._reduce().asnumpy()
     plan = {'version': PLAN_VERSION, **(net.describe() if isinstance(net, GraphNet) else _describe(net))}
     text = json.dumps(plan, default=_plain)
-    unfinished = f'{path}.part{os.getpid()}'
-    try:
-        with open(unfinished, 'wb') as file:
-            np.savez(file, **{_PLAN: np.array(text)}, **{f'p:{name}': array for name, array in arrays.items()})
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(unfinished)
+    with replacing(path) as file:
+        np.savez(file, **{_PLAN: np.array(text)}, **{f'p:{name}': array for name, array in arrays.items()})
 
 
 def load(path, net=None, ctx=None):

@@ -6,7 +6,8 @@ from mxnet import nd
 
 from .export.engines import ENGINES
 from .export.lower import Lowering
-from .export.onnx_file import final_net, input_shapes, replace_file
+from .export.onnx_file import final_net, input_shapes
+from .files import replacing
 from .graph import GraphNet
 from .integer.packed_file import content, read_packed
 from .registry import nearest
@@ -52,7 +53,8 @@ def save_packed(net, path, input_shape, *, target='onnxruntime', architecture=''
     header = {'architecture': architecture, 'weights': weights, 'gluon': gluon, 'model': {
         'nodes': [vars(node) for node in model.nodes], 'inputs': model.inputs, 'outputs': model.outputs,
         'opset': model.opset, 'metadata': model.metadata, 'constants': constants}}
-    replace_file(path, content(header, arrays))
+    with replacing(path) as file:
+        file.write(content(header, arrays))
     return final
 
 

@@ -1,7 +1,5 @@
 """Writing a `Model` as an ONNX file."""
-import os
-from contextlib import suppress
-
+from ..files import replacing
 from ..finalize import finalize
 from ..graph import GraphNet
 from ..registry import nearest
@@ -114,18 +112,5 @@ def to_proto(onnx, model):
 def write(onnx, model, path):
     """Write a `Model`; an existing file stays until the new one is complete."""
     proto = to_proto(onnx, model)
-    replace_file(path, proto.SerializeToString())
-
-
-def replace_file(path, content):
-    """Write bytes; an existing file stays until the new one is complete."""
-    unfinished = f'{os.fspath(path)}.part{os.getpid()}'
-    try:
-        with open(unfinished, 'wb') as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.remove(unfinished)
+    with replacing(path) as file:
+        file.write(proto.SerializeToString())

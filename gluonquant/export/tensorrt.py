@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import integer
+from ..files import replacing
 from .engines import PLAIN
 from .lower import Lowering
-from .onnx_file import final_net, input_shapes, replace_file, require, write
+from .onnx_file import final_net, input_shapes, require, write
 
 _CACHE_HEADER = 'TRT-8601-EntropyCalibration2'
 _QUANTIZABLE = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
@@ -52,7 +53,8 @@ def export_tensorrt_ranges(net, path, input_shape, *, onnx_path=None, inputs='da
     else:
         lines = [f'{name}: {struct.pack(">f", reach / 127).hex()}' for name, reach in ranges.items()]
         content = '\n'.join([_CACHE_HEADER, *lines, ''])
-    replace_file(path, content.encode())
+    with replacing(path) as file:
+        file.write(content.encode())
     return ranges
 
 

@@ -135,15 +135,8 @@ class Mean(NamedTuple):
         return grid.clip(np.rint(self.array.astype(F32) * factor) + grid.zero_point)
 
 
-class Average(NamedTuple):
+class Average(Real):
     """The mean over windows of dequantized codes: rounded with the zero point, so that ties fall otherwise."""
-    array: np.ndarray
-
-    def real(self):
-        return self.array
-
-    def exact(self):
-        return self.array.astype(np.float64)
 
     def codes(self, grid):
         return grid.clip(np.rint((self.array / F32(grid.scale)).astype(F32) + F32(grid.zero_point)))
