@@ -18,29 +18,28 @@ def window_settings(attrs, axes):
 def convolve(x, weight, strides, pads, dilations, group=1):
     """Convolution of (N, C, ...) with (O, C / group, ...): exact int32 for integers, float32 for reals.
 
-    The sum over the places of the window of one matrix product each.
+    A matrix product with what the window sees, place by place.
     """
     if np.issubdtype(x.dtype, np.integer):
         largest = np.abs(x).max(initial=0) * np.abs(weight).reshape(len(weight), -1).sum(1).max(initial=0)
         exact = _exact(largest)
         return convolve(x.astype(exact), weight.astype(exact), strides, pads, dilations, group).astype(np.int32)
-    axes = weight.ndim - 2
     x = padded(x, pads)
     sizes = [(size - (kernel - 1) * dilation - 1) // stride + 1 for size, kernel, dilation, stride
              in zip(x.shape[2:], weight.shape[2:], dilations, strides)]
-    depthwise = weight.shape[1] == 1 and group == x.shape[1]
-    total = np.zeros((len(x), len(weight), *sizes), x.dtype)
-    for place in np.ndindex(weight.shape[2:]):
-        seen = x[(..., *(slice(at * dilation, at * dilation + (size - 1) * stride + 1, stride) for at, dilation, size,
-                         stride in zip(place, dilations, sizes, strides)))]
-        part = weight[(..., *place)]
-        if depthwise:
-            repeated = np.repeat(seen, len(weight) // group, axis=1)
-            total += repeated * part.reshape((-1,) + (1,) * axes)
-        else:
-            rows = np.ascontiguousarray(seen).reshape(len(x), group, -1, math.prod(sizes))
-            total += (part.reshape(group, -1, part.shape[1]) @ rows).reshape(total.shape)
-    return total
+    seen = [(..., *(slice(at * dilation, at * dilation + (size - 1) * stride + 1, stride) for at, dilation, size, stride
+                    in zip(place, dilations, sizes, strides))) for place in np.ndindex(weight.shape[2:])]
+    if weight.shape[1] == 1 and group == x.shape[1]:
+        parts = weight.reshape(len(weight), -1).T.reshape(len(seen), -1, *[1] * len(sizes))
+        return sum(np.repeat(x[place], len(weight) // group, axis=1) * part for place, part in zip(seen, parts))
+    # For each image, one product of matrices: (O, places * C) with (places * C, outputs).
+    rows = np.moveaxis(weight.reshape(group, -1, weight.shape[1], len(seen)), 3, 2).reshape(group, -1, len(seen)
+                                                                                        * weight.shape[1])
+    total = np.empty((len(x), group, rows.shape[1], math.prod(sizes)), x.dtype)
+    for image, out in zip(x, total):
+        columns = np.stack([image[place] for place in seen]).reshape(len(seen), group, weight.shape[1], -1)
+        np.matmul(rows, columns.swapaxes(0, 1).reshape(group, rows.shape[2], -1), out=out)
+    return total.reshape(len(x), len(weight), *sizes)
 
 
 def matmul(first, second):
