@@ -226,7 +226,16 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
             return self._run_folded(F, node, inputs)
         if node.op == 'Deconvolution' and node.inputs[1].node.op != VARIABLE:
             return Q.computed_deconvolution(F, lambda *tensors: invoke(F, node, tensors), *inputs)
+        if len(inputs) > 2 and node.inputs[2].node.op == BIAS and self._rows_are_samples(node):
+            geometry = Layer.of(node.op, node.attrs)
+            quantizer = self._children[node.inputs[2].node.attrs['bias_quantizer']]
+            return quantizer.on_codes(F, lambda *tensors: invoke(F, node, tensors), *inputs, geometry.along_weight,
+                                      geometry.along_output)
         return invoke(F, node, inputs)
+
+    @staticmethod
+    def _rows_are_samples(node):
+        return node.op == 'Convolution' or node.attrs.get('flatten', 'True') in ('True', 'true', '1')
 
     def _run_folded(self, F, node, inputs):
         op, attrs, settings = parts(node)

@@ -30,17 +30,31 @@ class BiasQuantizer(HybridBlock):
         self.__dict__.update(activation=activation, weight=weight)      # not our children: the net's
 
     def hybrid_forward(self, F, bias, weight, factor=None):
-        step = self.steps(F, bias, weight, factor)
+        unit, step = self.steps(F, bias, weight, factor)
         dead = step <= 0
         code = _round_half_even(F, F.BlockGrad(bias) / (step + dead))
         snapped = F.where(dead, F.BlockGrad(bias), code * step)
         on = F.ones_like(step)
         for quantizer in (self.activation, self.weight):
             on = F.broadcast_mul(on, _value(F, quantizer.mode, bias) > OBSERVE)
+        self.__dict__['_now'] = unit, step + dead, on       # for `on_codes`, in the same pass
         return F.where(on, snapped, F.BlockGrad(bias)) + Q.zero_with_gradient(F, bias)
 
+    def on_codes(self, F, layer, x, weight, bias, along_weight, along_output):
+        """``layer(x, weight, bias)``, computed as engines do: sums of codes, which are exact, then one scale.
+
+        Sums of dequantized numbers round at every term, and where such a sum lies next to a rounding tie, its code, and
+        what depends on it, would differ from what is deployed. The other arguments are `batchnorm.Layer`'s.
+        """
+        unit, step, on = self._now
+        codes = F.broadcast_div(weight, F.reshape(F.broadcast_div(step, unit), shape=along_weight))
+        rounding = F.broadcast_mul(_round_half_even(F, codes) - codes, F.reshape(on, shape=along_weight))
+        out = layer(F.broadcast_div(x, F.reshape(unit, shape=(1,) * len(along_output))), codes + F.BlockGrad(rounding),
+                    bias / step)
+        return F.broadcast_mul(out, F.reshape(step, shape=along_output))
+
     def steps(self, F, bias, weight, factor=None):
-        """s, (channels,)."""
+        """(input scale (1,), s (channels,))."""
         activation, scale = (F.reshape(self._levels(F, quantizer, tensor, bias), shape=(-1,))
                              for quantizer, tensor in ((self.activation, None), (self.weight, weight)))
         if not self.weight.per_channel:
@@ -49,7 +63,7 @@ class BiasQuantizer(HybridBlock):
             scale = F.repeat(scale, repeats=self.weight.group_size)
         if factor is not None:
             scale = scale * F.abs(F.reshape(factor, shape=(-1,)))
-        return F.BlockGrad(F.broadcast_mul(scale, activation))
+        return F.BlockGrad(activation), F.BlockGrad(F.broadcast_mul(scale, activation))
 
     @staticmethod
     def _levels(F, quantizer, tensor, like):
