@@ -178,3 +178,16 @@ def test_as_graph_of_a_converted_net_leaves_the_net_as_it_was():
     assert [type(child) for child in net._children.values()] == classes
     assert net.main.config.gradient_bits == 6
     assert np.array_equal(net(x).asnumpy(), before)
+
+
+def test_sums_of_a_final_net_are_whole_numbers_of_steps():
+    final = gq.finalize(attached(8, method='int8'))
+    layer, node = layers(final)['main']
+    final.graph.heads.inputs[:] = [gq.graph.Entry(layer)]
+    final._nodes = None
+    sums = final(nd.array(images())).asnumpy().astype('float64')
+    quantizer = final._children[node.attrs['bias_quantizer']]
+    operands = [final.compute(entry) for entry in node.inputs]
+    step = quantizer.steps(nd, *operands)[1].asnumpy().astype('float64').reshape(1, -1, 1, 1)
+    # One float32 product behind the sum: half an ulp of it.
+    assert abs(sums / step - np.rint(sums / step)).max() <= 2 ** -24 * abs(sums / step).max()
