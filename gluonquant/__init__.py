@@ -11,6 +11,7 @@ Names are imported when they are first used, so that `gluonquant.integer` runs w
 """
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 __version__ = '0.1.0'
@@ -48,4 +49,26 @@ class _Package(ModuleType):
         return sorted({*self.__dict__, *__all__})
 
 
+class _WithMXNet:
+    """Loads our operators when MXNet is imported, so that an exported net runs where gluonquant has been imported."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != 'mxnet':
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None:
+            run = spec.loader.exec_module
+
+            def run_and_load(module):
+                run(module)
+                import_module('.ops', __name__)
+            spec.loader.exec_module = run_and_load
+        return spec
+
+
 sys.modules[__name__].__class__ = _Package
+if 'mxnet' in sys.modules:
+    import_module('.ops', __name__)
+else:
+    sys.meta_path.insert(0, _WithMXNet())

@@ -69,6 +69,12 @@ def test_functions_stay_in_front_of_modules_of_their_name():
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
+@pytest.mark.parametrize('order', ['gluonquant, mxnet', 'mxnet, gluonquant'])
+def test_operators_are_loaded_with_mxnet(order):
+    code = f'import {order}; import sys; assert "gluonquant.ops" in sys.modules'
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
 def test_public_names_exist_and_are_documented():
     for name in gluonquant.__all__:
         assert getattr(gluonquant, name).__doc__, name
