@@ -68,7 +68,7 @@ class _WithMXNet:
 
 
 sys.modules[__name__].__class__ = _Package
-if 'mxnet' in sys.modules:
+if sys.modules.get('mxnet') is not None:
     import_module('.ops', __name__)
 else:
     sys.meta_path.insert(0, _WithMXNet())

@@ -48,7 +48,7 @@ def save_packed(net, path, input_shape, *, target='onnxruntime', architecture=''
         if node.op == QUANTIZE and json.loads(node.attrs['spec'])['role'] == 'weight':
             _add_weight(final, node, arrays, weights)
     gluon = _describe(final, weights, arrays)
-    constants = {name: {'weight': lowering.weights[name]} if name in lowering.weights
+    constants = {name: {'weight': lowering.weights[name], 'shape': array.shape} if name in lowering.weights
                  else _add(arrays, f'm:{name}', array) for name, array in model.constants.items()}
     header = {'architecture': architecture, 'weights': weights, 'gluon': gluon, 'model': {
         'nodes': [vars(node) for node in model.nodes], 'inputs': model.inputs, 'outputs': model.outputs,

@@ -25,6 +25,8 @@ class Engine:
         of 8 symmetric bits.
     deep_stem : bool
         See `stem`.
+    dense_points : bool
+        A convolution that sees one place is written as a dense layer.
     quantizes_weights : bool
         The engine makes integers of float weights whose input is quantized, unless it is kept from it.
     """
@@ -36,6 +38,7 @@ class Engine:
     integer_bias: bool
     explicit: bool = True
     deep_stem: bool = False
+    dense_points: bool = False
     quantizes_weights: bool = False
 
     def grid(self, path, quantizer):
@@ -60,7 +63,7 @@ class Engine:
 
 ENGINES = {engine.name: engine for engine in (
     Engine('onnxruntime', 'uint8', 'uint8', moves_codes=True, clips_codes=True, integer_bias=True, deep_stem=True,
-           quantizes_weights=True),
+           dense_points=True, quantizes_weights=True),
     Engine('openvino', 'int8', 'uint8', moves_codes=False, clips_codes=True, integer_bias=True),
     Engine('tensorrt', 'int8', 'int8', moves_codes=False, clips_codes=False, integer_bias=False))}
 PLAIN = Engine('tensorrt', 'int8', 'int8', moves_codes=False, clips_codes=False, integer_bias=False, explicit=False)

@@ -12,11 +12,31 @@ def convolution(to, node):
     axes = len(integers(node.attrs['kernel']))
     if node.attrs.get('layout', 'None') not in ('None', 'NCW', 'NCHW', 'NCDHW'):
         raise to.refused(node, f'its layout is {node.attrs["layout"]}, ONNX has channels first')
+    if to.engine.dense_points and _is_dense(to, node, axes):
+        return _dense_convolution(to, node)
     weight, scale = to.weight(node)
     source = _layer_input(to, to.value(node.inputs[0]), scale, to.net.label(node))
     return real(to, node, 'Conv', [source, weight, *to.bias(node, scale)],
                  kernel_shape=sizes(node, 'kernel', axes), group=int(node.attrs.get('num_group', 1)),
                  **window_of(node, axes))
+
+
+def _is_dense(to, node, axes):
+    """Whether a convolution sees one place only, so that it is a dense layer."""
+    window = window_of(node, axes)
+    one = all(size == 1 for size in (*to.shape(node.inputs[0])[2:], *sizes(node, 'kernel', axes)))
+    whole = int(node.attrs.get('num_group', 1)) == 1 and not any(window['pads'])
+    return one and whole and to.constant_input(node.inputs[1])
+
+
+def _dense_convolution(to, node):
+    """As a dense layer, which engines compute on integers even if no quantizer follows."""
+    label, (channels, *places) = to.net.label(node), to.shape(node.inputs[0])[1:]
+    weight, scale = to.weight(node, (-1, channels))
+    source = Moved(f'{label}.flat', (to.value(node.inputs[0]),),
+                   lambda name, sources, grid: to.write('Flatten', sources, name, axis=1))
+    made = real(to, node, 'Gemm', [_layer_input(to, source, scale, label), weight, *to.bias(node, scale)], transB=1)
+    return _rows(to, f'{label}.out', made, [-1, int(node.attrs['num_filter']), *places])
 
 
 @writes('Deconvolution')

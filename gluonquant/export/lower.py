@@ -340,12 +340,18 @@ class Lowering:
 
     # Layers
 
-    def weight(self, node):
-        """(name of the real weight, its scale or None): constants, from codes if the weight is quantized."""
+    def weight(self, node, shape=None):
+        """(name of the real weight, its scale or None): constants, from codes if the weight is quantized.
+
+        ``shape`` : another one than the Parameter's.
+        """
         label = self.net.label(node)
         quantize, _ = self.net.weight_parts(node)
         if quantize is None or self.net._children[quantize.attrs['quantizer']].grid is None:
-            return self.real(self.value(node.inputs[1])), None
+            if shape is None or not self.constant_input(node.inputs[1]):
+                return self.real(self.value(node.inputs[1])), None
+            array = self.net.compute(node.inputs[1]).asnumpy().astype('float32')
+            return self.constant(f'{label}.weight', array.reshape(shape)), None
         quantizer = self.net._children[quantize.attrs['quantizer']]
         codes, scale, factor = weight_of(self.net, node)
         codes, scale = absorb(codes, scale, factor) if node.op != 'Deconvolution' else _absorbed(codes, scale, factor)
@@ -366,6 +372,7 @@ class Lowering:
         axis = 1 if node.op == 'Deconvolution' else 0
         scale = scale if scale.size > 1 else scale.reshape(())
         kind = 'int4' if four else None
+        codes = codes if shape is None else codes.reshape(shape)
         names = [self.constant(f'{label}.weight.codes', codes.astype(np.int8), kind),
                  self.constant(f'{label}.weight.scale', scale),
                  self.constant(f'{label}.weight.zero_point', np.zeros(scale.shape, np.int8), kind)]

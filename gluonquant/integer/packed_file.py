@@ -18,7 +18,8 @@ The header has
   scale * (code - zero); scale and zero are arrays of one element or one per output channel, along ``axis``. ``factor``
   names the array that multiplies each output channel afterwards, null if nothing does.
 - ``model``: what the integer runner computes: ``nodes``, ``inputs``, ``outputs``, ``opset``, ``metadata``, and
-  ``constants``: {name: name of an array, or {"weight": name} for the codes of a weight with its factor absorbed}.
+  ``constants``: {name: name of an array, or {"weight": name, "shape": its shape} for the codes of a weight with its
+  factor absorbed}.
 - ``gluon``: the net, for `gluonquant.load_packed`.
 """
 import hashlib
@@ -62,7 +63,7 @@ class Packed(NamedTuple):
                 axis = self.header['weights'][source['weight']]['axis']
                 codes, scale, factor = self.weight(source['weight'])
                 codes = absorb(codes.swapaxes(0, axis), scale, factor)[0].swapaxes(0, axis)
-                constants[name] = np.ascontiguousarray(codes.astype(np.int8))
+                constants[name] = codes.astype(np.int8).reshape(source.get('shape', codes.shape))
 
         def shapes(given):
             return {name: tuple(shape) for name, shape in given.items()}

@@ -213,3 +213,17 @@ def test_an_existing_file_stays_when_writing_fails(path, monkeypatch):
     with pytest.raises(OSError, match='disk full'):
         gq.export_onnx(attached(4), path, SHAPE)
     assert Path(path).read_bytes() == before
+
+
+def test_a_convolution_at_one_place_is_a_dense_layer_of_integers(path, tmp_path):
+    net = nn.HybridSequential()
+    net.add(nn.Conv2D(8, 3), nn.GlobalAvgPool2D(), nn.Conv2D(5, 1, use_bias=False), nn.Flatten())
+    net.initialize()
+    net(nd.array(images()))
+    made = gq.attach(net, 8, method='int8', target='onnxruntime')
+    gq.calibrate(made, [nd.array(images())])
+    final = gq.export_onnx(made, path, SHAPE)
+    assert optimized(path, tmp_path)['QGemm'] == 1
+    assert np.array_equal(run(path, images()), gq.integer.run(path, images())['output'])
+    gq.save_packed(final, tmp_path / 'net.gqp', SHAPE)
+    assert np.array_equal(gq.integer.run(tmp_path / 'net.gqp', images())['output'], run(path, images()))
