@@ -78,7 +78,9 @@ def test_onnxruntime_computes_the_outputs_of_the_integer_runner_to_the_last_bit_
     net = made(case)
     actual, expected = (run(net, case.images()) for run in (run_integers, run_onnxruntime))
     for name in differing(actual, expected):
-        assert operators_behind_codes(net.model, name) & FLOAT_SUMS, name
+        operators = operators_behind_codes(net.model, name)
+        # ONNX Runtime takes the ReLU of a dense layer that no quantizer follows into a float operator.
+        assert operators & FLOAT_SUMS or {'Gemm', 'Relu'} <= operators, name
         assert_near(actual[name], expected[name], name)
 
 
