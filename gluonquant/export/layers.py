@@ -17,8 +17,8 @@ def convolution(to, node):
     weight, scale = to.weight(node)
     source = _layer_input(to, to.value(node.inputs[0]), scale, to.net.label(node))
     return real(to, node, 'Conv', [source, weight, *to.bias(node, scale)],
-                 kernel_shape=sizes(node, 'kernel', axes), group=int(node.attrs.get('num_group', 1)),
-                 **window_of(node, axes))
+                kernel_shape=sizes(node, 'kernel', axes), group=int(node.attrs.get('num_group', 1)),
+                **window_of(node, axes))
 
 
 def _is_dense(to, node, axes):
@@ -33,8 +33,7 @@ def _dense_convolution(to, node):
     """As a dense layer, which engines compute on integers even if no quantizer follows."""
     label, (channels, *places) = to.net.label(node), to.shape(node.inputs[0])[1:]
     weight, scale = to.weight(node, (-1, channels))
-    source = Moved(f'{label}.flat', (to.value(node.inputs[0]),),
-                   lambda name, sources, grid: to.write('Flatten', sources, name, axis=1))
+    source = _flat(to, f'{label}.flat', to.value(node.inputs[0]))
     made = real(to, node, 'Gemm', [_layer_input(to, source, scale, label), weight, *to.bias(node, scale)], transB=1)
     return _rows(to, f'{label}.out', made, [-1, int(node.attrs['num_filter']), *places])
 
@@ -47,8 +46,8 @@ def deconvolution(to, node):
     weight, scale = to.weight(node)
     adj = sizes(node, 'adj', axes, 0)
     return real(to, node, 'ConvTranspose', [to.real(to.value(node.inputs[0])), weight, *to.bias(node, scale)],
-                 kernel_shape=sizes(node, 'kernel', axes), group=int(node.attrs.get('num_group', 1)),
-                 output_padding=adj if any(adj) else None, **window_of(node, axes))
+                kernel_shape=sizes(node, 'kernel', axes), group=int(node.attrs.get('num_group', 1)),
+                output_padding=adj if any(adj) else None, **window_of(node, axes))
 
 
 @writes('FullyConnected')
@@ -59,12 +58,15 @@ def fully_connected(to, node):
     if wide and len(shape) != 2:        # every row by itself
         source = _rows(to, f'{label}.rows', source, [-1, shape[-1]])
     elif len(shape) != 2:
-        source = Moved(f'{label}.flat', (source,),
-                       lambda name, sources, grid: to.write('Flatten', sources, name, axis=1))
+        source = _flat(to, f'{label}.flat', source)
     made = real(to, node, 'Gemm', [_layer_input(to, source, scale, label), weight, *bias], transB=1)
     if wide and len(shape) != 2:
         return _rows(to, f'{label}.out', made, [size or -1 for size in to.shapes[node, 0]])
     return made
+
+
+def _flat(to, name, source):
+    return Moved(name, (source,), lambda free, sources, grid: to.write('Flatten', sources, free, axis=1))
 
 
 def _rows(to, name, source, sizes):
@@ -115,17 +117,16 @@ def pooling(to, node):
     extra = _overhang(shape[2:], kernel, window, full == 'full')
     if any(pad + more >= wide for pad, more, wide in zip(window['pads'][axes:], extra, kernel)):
         raise to.refused(node, f'its last window of size {tuple(kernel)} sees pads only')
+    counted = any(window['pads'])
+    window['pads'] = [*window['pads'][:axes], *(size + more for size, more in zip(window['pads'][axes:], extra))]
     if kind == 'max':
-        window['pads'] = [*window['pads'][:axes], *(size + more for size, more in zip(window['pads'][axes:], extra))]
         return moved(to, node, 'MaxPool', kernel_shape=kernel, **window)
     included = node.attrs.get('count_include_pad', 'True') in ('True', 'true', '1')
-    if any(extra) and included and any(window['pads']):
+    if any(extra) and included and counted:
         raise to.refused(node, 'it counts pads and its last window reaches beyond them')
-    if any(extra):      # beyond the pads nothing counts
-        window['pads'] = [*window['pads'][:axes], *(size + more for size, more in zip(window['pads'][axes:], extra))]
-        included = False
+    included = included and not any(extra)      # beyond the pads nothing counts
     return real(to, node, 'AveragePool', [to.real(to.value(node.inputs[0]))], kernel_shape=kernel,
-                 count_include_pad=int(included), **window)
+                count_include_pad=int(included), **window)
 
 
 def _overhang(sizes, kernel, window, full):

@@ -6,7 +6,7 @@ import numpy as np
 from .. import integer
 from ..finalize import weight_of
 from ..integer.constants import absorb, bias_codes
-from ..symbol_graph import BIAS, QUANTIZE, VARIABLE, Entry, ancestors
+from ..symbol_graph import BIAS, QUANTIZE, VARIABLE, Entry, ancestors, numbered
 from .engines import ENGINES
 from .operators import WRITERS
 from .stem import deepen
@@ -49,11 +49,11 @@ class Lowering:
     def __init__(self, net, shapes, engine, int4=False, opset=None):
         self.net, self.engine, self.int4 = net, engine, int4
         self.opset = opset or (21 if int4 else 13)
-        self.inputs = shapes
         self.shapes = _free_batch(net.graph, shapes, {name: tuple(net.parameter(name).shape) for name in net.paths})
         self.made = integer.Model([], {}, {}, {}, self.opset)
         self.values, self.tensors, self.weights, self.ranges = {}, [], {}, {}
-        self._names, self._written, self._real_constants = set(), {}, {}
+        self._names, self._written = set(), {}
+        self._constants = _constants(net)
 
     def model(self, outputs=None):
         """The `integer.Model` of the graph, or of what ``outputs``, labels of nodes, need."""
@@ -131,10 +131,7 @@ class Lowering:
 
     def free(self, name):
         """``name``, or ``name_2`` and so on if that is taken."""
-        free, number = name, 1
-        while free in self._names:
-            number += 1
-            free = f'{name}_{number}'
+        free = next(other for other in numbered(name) if other not in self._names)
         self._names.add(free)
         return free
 
@@ -160,9 +157,9 @@ class Lowering:
     def number(self, value, dtype='float32'):
         """The name of a constant scalar."""
         key = float(value), dtype
-        if key not in self._real_constants:
-            self._real_constants[key] = self.constant(f'{dtype}_{value:g}', np.asarray(value, dtype))
-        return self._real_constants[key]
+        if key not in self._written:
+            self._written[key] = self.constant(f'{dtype}_{value:g}', np.asarray(value, dtype))
+        return self._written[key]
 
     def shape(self, entry):
         """The shape of a tensor, 0 for the batch."""
@@ -171,30 +168,16 @@ class Lowering:
     def value(self, entry):
         """What stands for a tensor; a constant becomes a real one."""
         if self.constant_input(entry):
-            array = self.net.compute(entry).asnumpy().astype('float32')
             key = entry.node, entry.index, 'constant'
             if key not in self._written:
+                array = self.net.compute(entry).asnumpy().astype('float32')
                 self._written[key] = Real(self.constant(self.net.label(entry.node), array))
             return self._written[key]
         return self.values[entry.node, entry.index]
 
     def constant_input(self, entry):
         """Whether a tensor depends on Parameters only."""
-        known = self._constants
-        return entry.node in known
-
-    @property
-    def _constants(self):
-        if 'constants' not in self._written:
-            found = set()
-            for node in self.net.graph.nodes():
-                if node.op == VARIABLE:
-                    if node.name not in self.net.inputs:
-                        found.add(node)
-                elif node.inputs and all(entry.node in found for entry in node.inputs):
-                    found.add(node)
-            self._written['constants'] = found
-        return self._written['constants']
+        return entry.node in self._constants
 
     def real(self, value):
         """The name of the float32 tensor of a value."""
@@ -425,6 +408,18 @@ def _absorbed(codes, scale, factor):
 def _same(first, second):
     return (first.path, float(first.scale), first.zero_point, first.dtype) == (
         second.path, float(second.scale), second.zero_point, second.dtype)
+
+
+def _constants(net):
+    """The nodes whose outputs depend on Parameters only."""
+    found = set()
+    for node in net.graph.nodes():
+        if node.op == VARIABLE:
+            if node.name not in net.inputs:
+                found.add(node)
+        elif node.inputs and all(entry.node in found for entry in node.inputs):
+            found.add(node)
+    return found
 
 
 def _free_batch(graph, shapes, parameters):

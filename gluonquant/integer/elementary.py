@@ -48,6 +48,12 @@ def softsign(x):
     return x / (1 + np.abs(x))
 
 
+def softmax(x, axis):
+    """exp(x) / sum(exp(x)) along an axis, of the type of x."""
+    powers = np.exp(x - x.max(axis, keepdims=True))
+    return powers / powers.sum(axis, keepdims=True)
+
+
 def largest(*arrays):
     """The largest of any number of arrays."""
     return np.maximum.reduce(np.broadcast_arrays(*arrays))

@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 
+from . import elementary
 from .table import array_of, operator, real_of
 from .values import F32, Clamped, Mean, Multiplied, Products, Quantized, Real, Shares, Sum
 from .window import convolve, matmul, window_settings
@@ -53,9 +54,7 @@ def softmax(attrs, x):
     axis = attrs.get('axis', -1)
     if _are_codes(x) and axis in (-1, x.array.ndim - 1):
         return Shares(x)
-    x = x.real()
-    powers = np.exp(x - x.max(axis, keepdims=True))
-    return Real(powers / powers.sum(axis, keepdims=True))
+    return Real(elementary.softmax(x.real(), axis))
 
 
 @operator('Relu')

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .elementary import softmax
+
 F32 = np.float32
 
 
@@ -164,14 +166,10 @@ class Shares(NamedTuple):
     source: Quantized
 
     def real(self):
-        x = self.source.real()
-        powers = np.exp(x - x.max(-1, keepdims=True))
-        return powers / powers.sum(-1, keepdims=True)
+        return softmax(self.source.real(), -1)
 
     def exact(self):
-        x = self.source.exact()
-        powers = np.exp(x - x.max(-1, keepdims=True))
-        return powers / powers.sum(-1, keepdims=True)
+        return softmax(self.source.exact(), -1)
 
     def codes(self, grid):
         codes = self.source.array.astype(np.int64) - np.iinfo(self.source.array.dtype).min

@@ -27,8 +27,7 @@ def convolve(x, weight, strides, pads, dilations, group=1):
     x = padded(x, pads)
     sizes = [(size - (kernel - 1) * dilation - 1) // stride + 1 for size, kernel, dilation, stride
              in zip(x.shape[2:], weight.shape[2:], dilations, strides)]
-    seen = [(..., *(slice(at * dilation, at * dilation + (size - 1) * stride + 1, stride) for at, dilation, size, stride
-                    in zip(place, dilations, sizes, strides))) for place in np.ndindex(weight.shape[2:])]
+    seen = list(_slices(weight.shape[2:], sizes, strides, dilations))
     if weight.shape[1] == 1 and group == x.shape[1]:
         parts = weight.reshape(len(weight), -1).T.reshape(len(seen), -1, *[1] * len(sizes))
         return sum(np.repeat(x[place], len(weight) // group, axis=1) * part for place, part in zip(seen, parts))
@@ -40,6 +39,13 @@ def convolve(x, weight, strides, pads, dilations, group=1):
         columns = np.stack([image[place] for place in seen]).reshape(len(seen), group, weight.shape[1], -1)
         np.matmul(rows, columns.swapaxes(0, 1).reshape(group, rows.shape[2], -1), out=out)
     return total.reshape(len(x), len(weight), *sizes)
+
+
+def _slices(kernel, sizes, strides, dilations):
+    """What each place of a window sees as it slides: indices of the last axes."""
+    for place in np.ndindex(*kernel):
+        yield (..., *(slice(at * dilation, at * dilation + (size - 1) * stride + 1, stride)
+                      for at, dilation, size, stride in zip(place, dilations, sizes, strides)))
 
 
 def matmul(first, second):
@@ -69,7 +75,7 @@ def max_pool(attrs, x):
     info = np.iinfo(x.dtype) if np.issubdtype(x.dtype, np.integer) else np.finfo(x.dtype)
     lowest = info.min if np.issubdtype(x.dtype, np.integer) else -np.inf
     places = window_places(x, kernel, window, attrs.get('ceil_mode', 0), lowest)
-    return np.maximum.reduce(list(places))
+    return np.maximum.reduce(places)
 
 
 def window_places(x, kernel, window, ceil, value):
@@ -85,9 +91,7 @@ def window_places(x, kernel, window, ceil, value):
         pads[axis + axes] = max(pads[axis + axes], (count - 1) * stride + (wide - 1) * dilation + 1 - size - pads[axis])
         sizes.append(count)
     x = padded(x, pads, value)
-    for place in np.ndindex(*kernel):
-        yield x[(..., *(slice(at * dilation, at * dilation + (size - 1) * stride + 1, stride) for at, dilation, size,
-                        stride in zip(place, window['dilations'], sizes, window['strides'])))]
+    return [x[seen] for seen in _slices(kernel, sizes, window['strides'], window['dilations'])]
 
 
 @moving('GlobalMaxPool')
