@@ -19,9 +19,10 @@ __version__ = '0.1.0'
 _PLACES = {
     'calibrate': ('calibrate',), 'checkpoint': ('load', 'save'), 'config': ('LayerConfig', 'QuantizerSpec', 'Rule'),
     'convert': ('convert',), 'export': ('export_onnx', 'export_tensorrt_ranges', 'lint_tensorrt'),
-    'finalize': ('finalize',), 'fold': ('fold',), 'graph': ('attach', 'draw', 'explain'), 'grid': ('Grid',),
-    'mxnet_int8': ('to_mxnet_int8',), 'packed': ('load_packed', 'save_packed'), 'reestimate': ('reestimate_batchnorm',),
-    'summary': ('summary',), 'switches': ('freeze', 'freeze_batchnorm', 'set_mode', 'set_phase', 'unfreeze'),
+    'finalize': ('finalize',), 'fold': ('fold',), 'fuse': ('fuse',), 'graph': ('attach', 'draw', 'explain'),
+    'grid': ('Grid',), 'mxnet_int8': ('to_mxnet_int8',), 'packed': ('load_packed', 'save_packed'),
+    'reestimate': ('reestimate_batchnorm',), 'summary': ('summary',),
+    'switches': ('freeze', 'freeze_batchnorm', 'set_mode', 'set_phase', 'unfreeze'),
     'verify': ('verify',)}
 _MODULES = ('graph', 'integer', 'layers', 'mxnet_int8', 'observers', 'ops', 'quantizers', 'training')
 _HOME = {name: module for module, names in _PLACES.items() for name in names}

@@ -5,8 +5,9 @@ from itertools import takewhile
 
 from mxnet.gluon import Block, HybridBlock
 
-from . import fuse, quantizers
+from . import quantizers
 from .config import Rule, matches
+from .fuse import install, uninstall
 from .grid import check_bits
 from .layers import LAYERS, FoldedBatchNorm, QuantizedLayer, SharedInput, fold_layer, named_blocks
 from .plan import base_config, check_patterns, end_config, settle_sign, start
@@ -123,12 +124,12 @@ def apply(net, plan):
             for path in readers:
                 blocks[path].share_input(shared, path)
     clear_caches(net)
-    return fuse.install(net)
+    return install(net)
 
 
 def undo(net):
     """Make every quantized layer of ``net`` float again."""
-    fuse.uninstall(net)
+    uninstall(net)
     for _, block in named_blocks(net):
         if isinstance(block, (QuantizedLayer, FoldedBatchNorm)):
             block.to_float()

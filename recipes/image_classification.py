@@ -210,7 +210,7 @@ def run(args):
             net.load_parameters(args.float_params)
         else:
             net.initialize(mx.init.Xavier())
-        hybridize(net, args.mode)
+        hybridize(gq.fuse(net), args.mode)
         train_stage('float', net, loaders, args, state, save)
         start = time.time()
         state['accuracy']['float'] = evaluate(net, loaders.val)

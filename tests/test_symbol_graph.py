@@ -19,7 +19,7 @@ from mxnet._ctypes.ndarray import CachedOp
 from mxnet.gluon import SymbolBlock
 
 import gluonquant as gq
-from gluonquant.fuse import fuse
+from gluonquant.fuse import fused
 from gluonquant.graph import GraphNet, as_graph
 from gluonquant.symbol_graph import OURS, Entry, Graph, Node, ancestors, canonical, evaluate, invoke, operator, same
 from test_zoo import outputs, run, settle_statistics
@@ -370,7 +370,7 @@ def test_a_graph_net_computes_what_the_net_does_to_the_last_bit(zoo_net):
 def test_a_hybridized_graph_net_computes_what_the_fused_net_does_to_the_last_bit(zoo_net):
     made = as_graph(zoo_net.net)
     made.hybridize()
-    assert_equal_bits(run(made, zoo_net.x), zoo_net.computed_by(fuse(zoo_net.symbol)))
+    assert_equal_bits(run(made, zoo_net.x), zoo_net.computed_by(fused(zoo_net.symbol)))
 
 
 def test_the_shapes_of_a_net_are_those_that_mxnet_infers(zoo_net):

@@ -8,7 +8,7 @@ import pytest
 from mxnet import autograd, gluon, nd
 
 import gluonquant as gq
-from gluonquant.fuse import fuse
+from gluonquant.fuse import fused
 from zoo import ZOO, build, entry_id
 
 
@@ -37,7 +37,7 @@ def pooled_by_mean(net):
     """The hybridized float ``net`` with the one rewriting of converted nets that moves last bits: global average
     pooling becomes a mean. The untrained nets here amplify a difference of 1e-7 to any size."""
     out = mx.sym.Group(outputs(net(mx.sym.var('data'))))
-    pooled = gluon.SymbolBlock(fuse(out), mx.sym.var('data'), net.collect_params())
+    pooled = gluon.SymbolBlock(fused(out), mx.sym.var('data'), net.collect_params())
     pooled.hybridize()
     return pooled
 

@@ -15,7 +15,7 @@ from operator_cases import COMPILED, STATIC, running
 
 import gluonquant as gq
 from gluonquant import ops
-from gluonquant.fuse import fuse
+from gluonquant.fuse import fused
 
 pytestmark = [pytest.mark.native, pytest.mark.filterwarnings('ignore:Cannot decide type')]  # Gluon says so of any input
 
@@ -461,7 +461,7 @@ def test_what_the_layout_tier_exports_the_portable_one_imports(tmp_path):
 def test_switched_off_a_net_is_the_float_net(tier, name):
     plain = float_net(name)
     # With the pooling of converted nets, which is a mean and moves last bits.
-    expected = gluon.SymbolBlock(fuse(plain(mx.sym.var('data'))), mx.sym.var('data'), plain.collect_params())
+    expected = gluon.SymbolBlock(fused(plain(mx.sym.var('data'))), mx.sym.var('data'), plain.collect_params())
     expected.hybridize()
     with running(tier):
         net = gq.set_mode(converted(name, 'pact'), 'off')
@@ -475,7 +475,7 @@ def executed(where, method, request):
         parameters = net.collect_params()
         for parameter in parameters.values():
             parameter._var = None       # the variable of a Parameter whose shape was not known
-        symbol, (data, _) = fuse(net(mx.sym.var('data'))), batch('blocks')
+        symbol, (data, _) = fused(net(mx.sym.var('data'))), batch('blocks')
         requests = {name: request if name == 'data' or parameters[name].grad_req != 'null' else 'null'
                     for name in symbol.list_arguments()}
         executor = symbol.simple_bind(mx.cpu(), grad_req=requests, data=data.shape)
