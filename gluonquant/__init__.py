@@ -17,9 +17,10 @@ from types import ModuleType
 __version__ = '0.1.0'
 
 _PLACES = {
-    'calibrate': ('calibrate',), 'checkpoint': ('load', 'save'), 'config': ('LayerConfig', 'QuantizerSpec', 'Rule'),
-    'convert': ('convert',), 'export': ('export_onnx', 'export_tensorrt_ranges', 'lint_tensorrt'),
-    'finalize': ('finalize',), 'fold': ('fold',), 'fuse': ('fuse',), 'graph': ('attach', 'draw', 'explain'),
+    'calibrate': ('calibrate',), 'checkpoint': ('load', 'load_weights', 'save'),
+    'config': ('LayerConfig', 'QuantizerSpec', 'Rule'), 'convert': ('convert',),
+    'export': ('export_onnx', 'export_tensorrt_ranges', 'lint_tensorrt'), 'finalize': ('finalize',), 'fold': ('fold',),
+    'fuse': ('fuse',), 'graph': ('attach', 'draw', 'explain'),
     'grid': ('Grid',), 'mxnet_int8': ('to_mxnet_int8',), 'packed': ('load_packed', 'save_packed'),
     'reestimate': ('reestimate_batchnorm',), 'summary': ('summary',),
     'switches': ('freeze', 'freeze_batchnorm', 'set_mode', 'set_phase', 'unfreeze'),

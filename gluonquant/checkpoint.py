@@ -1,4 +1,4 @@
-"""`save` and `load`: parameters and plan in one file.
+"""`save` and `load`: parameters and plan in one file; `load_weights`: what the float net has of them.
 
 The file is a NumPy archive (.npz, never pickled): every Parameter under its structural name, and ``plan``, JSON text
 with what `convert` decided for each layer. It is written beside its place and moved there when complete.
@@ -69,6 +69,33 @@ def load(path, net=None, ctx=None):
     if net is None:
         raise ValueError(f'{path} holds Parameters and how layers are quantized: pass the float net, too')
     return _load_layers(path, plan, arrays, net, ctx)
+
+
+def load_weights(path, net, ctx=None):
+    """Read the weights, biases and BatchNorm statistics of what `save` wrote into a float ``net``; returns net.
+
+    For the next stage of a progressive schedule: `convert` or `attach` it with fewer bits, calibrate, train on.
+
+    Parameters
+    ----------
+    path : str
+    net : Block, the float architecture of the file
+    ctx : Context or list of Context, optional
+        Where to put Parameters that have no value yet; default cpu.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged, not one of ours, or lacks a Parameter of the net (BatchNorm that was folded and merged, for
+        example); ``net`` is quantized. The net is then as it was.
+    """
+    if quantizers(net):
+        raise ValueError(f'{path}: the net must be float, but it has {next(iter(quantizers(net)))!r}. Use gq.load')
+    _, arrays = _read(path)
+    expected = net._collect_params_with_prefix()
+    _check_parameters(path, net, {name: array for name, array in arrays.items() if name in expected})
+    _place(net, arrays, ctx)
+    return net
 
 
 def _load_layers(path, plan, arrays, net, ctx):

@@ -82,6 +82,12 @@ class Images(gluon.data.Dataset):
                              f'{self.shape}. Pass --resize {min(self.shape[:2])} to bring all to one size.')
         return pixels, label
 
+    def split(self, count):
+        """(all but `count` images, those): chosen at random, always the same ones."""
+        order = np.random.RandomState(0).permutation(len(self))
+        return tuple(Images(Chosen(self._encoded, np.sort(part)), self._resize, self._name, self._classes)
+                     for part in (order[count:], order[:count]))
+
     @property
     def nbytes(self):
         """Memory that `cache` takes."""
@@ -115,6 +121,18 @@ class Images(gluon.data.Dataset):
         left, top = (width - self._resize) // 2, (height - self._resize) // 2
         image = image.resize((width, height), Image.BILINEAR)
         return image.crop((left, top, left + self._resize, top + self._resize))
+
+
+class Chosen:
+    """Some of the items of a sequence."""
+    def __init__(self, items, indices):
+        self._items, self._indices = items, indices
+
+    def __len__(self):
+        return len(self._indices)
+
+    def __getitem__(self, position):
+        return self._items[self._indices[position]]
 
 
 class Records:

@@ -20,7 +20,7 @@ from mxnet import gluon
 import gluonquant as gq
 import image_classification
 import report
-from loop import evaluate, hybridize, make_schedule, seed_everything, train_epoch
+from loop import Loss, evaluate, hybridize, make_schedule, seed_everything, train_epoch
 
 
 def parse_args(argv=None):
@@ -66,7 +66,8 @@ def fine_tune(net, loaders, options, args):
     for epoch in range(args.num_epochs):
         loaders.sampler.epoch = (2, epoch)      # other crops than in the stages before
         seed_everything(options.seed, 2, epoch)
-        row = train_epoch(net, trainer, loaders.train, loaders.train_count, f'final {epoch + 1}/{args.num_epochs}')
+        row = train_epoch(net, trainer, loaders.train, loaders.train_count, Loss(),
+                              f'final {epoch + 1}/{args.num_epochs}')
         history.append({**row, 'val_accuracy': evaluate(net, loaders.val)})
         logging.info('final epoch %d/%d: loss %.4f, validation %.4f', epoch + 1, args.num_epochs, row['loss'],
                      history[-1]['val_accuracy'])

@@ -10,6 +10,7 @@ A run stopped at any moment, by Ctrl-C or by force, continues with the same comm
 with the same weights to the last bit as a run that was not stopped.
 """
 import argparse
+import json
 import logging
 import os
 import shlex
@@ -24,7 +25,7 @@ import checkpoint
 import data as images
 import gluonquant as gq
 import report
-from loop import evaluate, hybridize, seed_everything, train_stage
+from loop import Loss, evaluate, hybridize, seed_everything, train_stage
 
 # Options that may differ between a run and its continuation, because no result depends on them.
 FREE_OPTIONS = {'resume', 'overwrite', 'num_workers', 'logging_file', 'cache_mb', 'save_dir'}
@@ -42,6 +43,8 @@ def parse_args(argv=None):
     add('--mean', type=float, nargs=3, help='mean of R, G, B in 0..255, instead of the preset')
     add('--std', type=float, nargs=3, help='standard deviation of R, G, B in 0..255, instead of the preset')
     add('-j', '--num-data-workers', dest='num_workers', type=int, default=0, help='processes for loading')
+    add('--hold-out', type=int, default=0, metavar='N',
+        help='validate on N of the training images, which are not trained on: for choosing options')
     add('--cache-mb', type=int, default=4000, help='keep decoded images in memory if they fit into this')
 
     add = parser.add_argument_group('float network').add_argument
@@ -62,6 +65,7 @@ def parse_args(argv=None):
     add('--target', choices=sorted(gq.graph.TARGETS), help='with --graph, where this engine wants quantizers')
     add('--fold', choices=['frozen', 'batch'], help='fold BatchNorm into the weights that are quantized, with running '
         'statistics or with those of the batch')
+    add('--start-from', metavar='DIR', help='--save-dir of a run at more bits, whose weights fine-tuning starts from')
     add('--calibration-batches', type=int, default=10, help='training batches that set the initial ranges')
 
     add = parser.add_argument_group('fine-tuning').add_argument
@@ -73,6 +77,12 @@ def parse_args(argv=None):
     add('--lr-decay-epoch', default='40,60', help='epochs after which --lr-mode step decays')
     add('--momentum', type=float, default=0.9)
     add('--wd', type=float, default=1e-4, help='weight decay')
+    add('--warmup-epochs', type=float, default=0, help='epochs in which the learning rate rises from 0')
+    add('--label-smoothing', type=float, default=0, help='part of the label that all classes share, such as 0.1')
+    add('--teacher', metavar='MODEL', help="learn from this model's answers, too; 'float' is the float network itself")
+    add('--teacher-params', metavar='FILE', help='parameters of --teacher MODEL; gluoncv downloads them by default')
+    add('--temperature', type=float, default=4, help='softens the answers of --teacher')
+    add('--hard-weight', type=float, default=0.5, help='weight of the label beside --teacher')
     add('--freeze-bn-after', type=float, default=0.8, help='part of the epochs before BatchNorm freezes')
 
     add = parser.add_argument_group('run').add_argument
@@ -93,6 +103,10 @@ def parse_args(argv=None):
         args.float_epochs = 6 if args.dataset == 'digits' and not args.float_params else 0
     if args.float_params and not os.path.isfile(args.float_params):
         parser.error(f'--float-params {args.float_params}: no such file.')
+    if args.teacher_params and args.teacher in (None, 'float'):
+        parser.error('--teacher-params are those of a --teacher MODEL: pass its name, too.')
+    if args.start_from and not os.path.isfile(os.path.join(args.start_from, 'quantized.params')):
+        parser.error(f'--start-from {args.start_from}: there is no quantized.params. Let that run end first.')
     if not args.float_params and not args.float_epochs:
         parser.error('there is no float network to quantize. Pass --float-params FILE, or train one first '
                      'with --float-epochs N.')
@@ -101,7 +115,8 @@ def parse_args(argv=None):
     except ValueError:
         parser.error(f'--lr-decay-epoch {args.lr_decay_epoch} is not a list of epochs such as 40,60.')
     for name, least in (('batch_size', 1), ('num_epochs', 0), ('float_epochs', 0), ('calibration_batches', 1),
-                        ('seed', 0), ('num_workers', 0)):
+                        ('seed', 0), ('num_workers', 0), ('hold_out', 0), ('warmup_epochs', 0),
+                        ('label_smoothing', 0), ('hard_weight', 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is below {least}.")
     return args
@@ -116,6 +131,11 @@ def read_data(args):
         train, val, classes = images.read_cifar10(root, args.resize)
     else:
         train, val, classes = images.read_directory(args.data_dir, args.resize)
+    if args.hold_out:
+        if args.hold_out > len(train) - args.batch_size:
+            raise ValueError(f'--hold-out {args.hold_out} leaves less than one batch of the {len(train)} training '
+                             f'images. Pass at most {len(train) - args.batch_size}.')
+        train, val = train.split(args.hold_out)
     name = args.preset
     if not name:
         name = 'digits' if args.dataset == 'digits' else 'cifar' if max(val.shape) <= 64 else 'imagenet'
@@ -149,6 +169,23 @@ def quantize(net, loaders, args):
         raise SystemExit(str(error)) from error
     gq.calibrate(net, loaders.calibration, batches=args.calibration_batches)
     hybridize(net, args.mode)
+    return net
+
+
+def make_teacher(args, classes):
+    """The network of --teacher, or None."""
+    if not args.teacher:
+        return None
+    itself = args.teacher == 'float'
+    path = os.path.join(args.save_dir, 'float.params') if itself else args.teacher_params
+    try:
+        net = get_model(args.model if itself else args.teacher, classes=classes, pretrained=not path)
+        if path:
+            net.load_parameters(path)
+    except Exception as error:          # whatever the model zoo, the network or the file bring up
+        raise SystemExit(f'--teacher {args.teacher} cannot be had: {error}. Pass the name of a gluoncv model of '
+                         f'{classes} classes, and its parameters as --teacher-params FILE.') from error
+    hybridize(gq.fuse(net), args.mode)
     return net
 
 
@@ -194,6 +231,8 @@ def run(args):
                          'get_model_list().') from None
     seed_everything(args.seed)
 
+    hard_loss = Loss(classes, args.label_smoothing)
+
     def save(net, trainer=None):
         state['step'] += 1
         state.pop('path', None)
@@ -211,10 +250,14 @@ def run(args):
         else:
             net.initialize(mx.init.Xavier())
         hybridize(gq.fuse(net), args.mode)
-        train_stage('float', net, loaders, args, state, save)
+        train_stage('float', net, loaders, hard_loss, args, state, save)
         start = time.time()
         state['accuracy']['float'] = evaluate(net, loaders.val)
         net.save_parameters(os.path.join(args.save_dir, 'float.params'))
+        if args.start_from:
+            gq.load_weights(os.path.join(args.start_from, 'quantized.params'), net)
+            with open(os.path.join(args.start_from, 'results.json')) as file:
+                state['epochs_before'] = json.load(file)['epochs']
         net = quantize(net, loaders, args)
         state['accuracy']['calibrated only'] = evaluate(net, loaders.val)
         logging.info('float %.4f, calibrated only %.4f', *state['accuracy'].values())
@@ -223,7 +266,8 @@ def run(args):
     else:
         net = gq.load(os.path.join(state['path'], 'net.params'), net)
         hybridize(net, args.mode)
-    train_stage('quantized', net, loaders, args, state, save)
+    loss_function = Loss(classes, args.label_smoothing, make_teacher(args, classes), args.temperature, args.hard_weight)
+    train_stage('quantized', net, loaders, loss_function, args, state, save)
     if args.num_epochs:
         state['accuracy']['fine-tuned'] = state['history'][-1]['val_accuracy']
     if not state['finished']:
@@ -239,11 +283,10 @@ def finish(net, args, state):
     sizes = {'float': summary.float_bytes, 'quantized': summary.quantized_bytes}
     data = os.path.basename(os.path.abspath(args.data_dir)) if args.data_dir else args.dataset
     title = f'{args.model}, {args.bits} bits, {data}'
-    tuned = [row['val_accuracy'] for row in state['history'] if row['stage'] == 'quantized']
     report.write_json(os.path.join(args.save_dir, 'results.json'), {
         'command': shlex.join(['python', *sys.argv]), 'versions': report.versions(),
         'threads': state['threads'], 'seed': args.seed, 'wall_seconds': round(state['seconds'], 1),
-        'accuracy': state['accuracy'], 'best_accuracy': max(tuned, default=None), 'bytes': sizes,
+        'epochs': args.num_epochs + state.get('epochs_before', 0), 'accuracy': state['accuracy'], 'bytes': sizes,
         'options': state['options'], 'history': state['history']})
     report.plot(os.path.join(args.save_dir, 'curves.png'), state['history'], state['accuracy'], title)
     print(report.table(title, state['accuracy'], sizes))

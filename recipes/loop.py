@@ -6,6 +6,7 @@ import time
 
 import mxnet as mx
 import numpy as np
+from gluoncv.loss import DistillationSoftmaxCrossEntropyLoss
 from mxnet import autograd, gluon
 from tqdm import tqdm
 
@@ -14,14 +15,29 @@ import gluonquant as gq
 STAGES = ('float', 'quantized')
 
 
-def make_schedule(mode, lr, updates_per_epoch, epochs, decay, decay_epochs):
+class Warmup(mx.lr_scheduler.LRScheduler):
+    """The learning rates of `schedule`, of which those of the first `updates` rise from 0 in equal steps."""
+
+    def __init__(self, schedule, updates):
+        super().__init__(schedule.base_lr)
+        self._schedule, self._updates = schedule, updates
+
+    def __call__(self, num_update):
+        return self._schedule(num_update) * min(1, num_update / self._updates)
+
+
+def make_schedule(mode, lr, updates_per_epoch, epochs, decay, decay_epochs, warmup_epochs=0):
     """Learning rate for every optimizer update 1, 2, ..., updates_per_epoch * epochs.
 
     Parameters
     ----------
     mode : 'step' (times `decay` after each of `decay_epochs`), 'poly' (power 2), 'cosine' or 'sine' (from
         0 up to `lr` and back to 0). All but 'step' end at 0.
+    warmup_epochs : number, in which the rate rises from 0; part of `epochs`.
     """
+    if warmup_epochs:
+        schedule = make_schedule(mode, lr, updates_per_epoch, epochs, decay, decay_epochs)
+        return Warmup(schedule, round(warmup_epochs * updates_per_epoch))
     total = updates_per_epoch * epochs
     if mode == 'sine':
         return gq.training.SineSchedule(lr, total)
@@ -35,13 +51,39 @@ def make_schedule(mode, lr, updates_per_epoch, epochs, decay, decay_epochs):
     return mx.lr_scheduler.MultiFactorScheduler(steps, factor=decay, base_lr=lr)
 
 
-def train_epoch(net, trainer, batches, count, title):
+class Loss:
+    """loss(data, output, label) of every image: cross-entropy with the label, with a teacher's answer, or both.
+
+    Parameters
+    ----------
+    classes : int, needed for smoothing.
+    smoothing : float, part of the label's weight that all classes share.
+    teacher : Block or None, maps data to logits.
+    temperature, hard_weight : as in gluoncv's DistillationSoftmaxCrossEntropyLoss.
+    """
+    def __init__(self, classes=None, smoothing=0.0, teacher=None, temperature=1.0, hard_weight=0.5):
+        self._classes, self._smoothing, self._teacher, self._temperature = classes, smoothing, teacher, temperature
+        if teacher:
+            self._loss = DistillationSoftmaxCrossEntropyLoss(temperature, hard_weight, sparse_label=not smoothing)
+        else:
+            self._loss = gluon.loss.SoftmaxCrossEntropyLoss(sparse_label=not smoothing)
+
+    def __call__(self, data, output, label):
+        with autograd.pause():          # which is inference mode, too
+            if self._smoothing:
+                share = self._smoothing / self._classes
+                label = mx.nd.one_hot(label, self._classes, 1 - self._smoothing + share, share)
+            if self._teacher:
+                answer = mx.nd.softmax(self._teacher(data) / self._temperature)
+        return self._loss(output, label, answer) if self._teacher else self._loss(output, label)
+
+
+def train_epoch(net, trainer, batches, count, loss_function, title):
     """One pass over `batches`, `count` images in all.
 
     Returns a dict: loss (mean), accuracy (0..1), images_per_s, lr_first and lr_last (of the epoch's updates).
     Losses are read one step late: MXNet computes in the background, and the next batch is prepared meanwhile.
     """
-    loss_function = gluon.loss.SoftmaxCrossEntropyLoss()
     totals, images, rates, pending, start = [0.0, 0.0], 0, [], None, time.time()
 
     def collect(sums, size):
@@ -58,7 +100,7 @@ def train_epoch(net, trainer, batches, count, title):
             data, label = _on_device(batch)
             with autograd.record():
                 output = net(data)
-                loss = loss_function(output, label)
+                loss = loss_function(data, output, label)
             loss.backward()
             trainer.step(len(data))
             rates.append(trainer.learning_rate)
@@ -105,7 +147,7 @@ def seed_everything(seed, *position):
     np.random.seed(int(state.randint(2 ** 31 - 1)))
 
 
-def train_stage(stage, net, loaders, args, state, save):
+def train_stage(stage, net, loaders, loss_function, args, state, save):
     """Train from the epoch in `state` to the last one of `stage`; note and save each epoch.
 
     Float training takes a cosine schedule with --float-lr; fine-tuning takes the options of the command line.
@@ -116,7 +158,8 @@ def train_stage(stage, net, loaders, args, state, save):
         epochs, schedule = args.num_epochs, (args.lr_mode, args.lr)
     if state['epoch'] >= epochs:
         return
-    lr_scheduler = make_schedule(*schedule, len(loaders.train), epochs, args.lr_decay, args.lr_decay_epoch)
+    lr_scheduler = make_schedule(*schedule, len(loaders.train), epochs, args.lr_decay, args.lr_decay_epoch,
+                                 args.warmup_epochs)
     options = {'lr_scheduler': lr_scheduler, 'momentum': args.momentum, 'wd': args.wd}
     trainer = gluon.Trainer(net.collect_params(), 'sgd', options, kvstore=None)
     if state['epoch'] > 0:
@@ -130,7 +173,8 @@ def train_stage(stage, net, loaders, args, state, save):
             frozen = True
         loaders.sampler.epoch = (STAGES.index(stage), epoch)
         seed_everything(args.seed, *loaders.sampler.epoch)
-        row = train_epoch(net, trainer, loaders.train, loaders.train_count, f'{stage} {epoch + 1}/{epochs}')
+        row = train_epoch(net, trainer, loaders.train, loaders.train_count, loss_function,
+                          f'{stage} {epoch + 1}/{epochs}')
         if not math.isfinite(row['loss']):
             raise SystemExit(f"{stage} epoch {epoch + 1}: the loss is {row['loss']}. Pass a smaller "
                              f"{'--float-lr' if stage == 'float' else '--lr'} than {schedule[1]}.")

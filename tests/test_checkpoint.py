@@ -321,6 +321,31 @@ def test_a_net_of_one_layer_is_saved_and_loaded(seed, path):
     np.testing.assert_array_equal(gq.load(path, nn.Dense(3))(nd.ones((1, 4))).asnumpy(), net(nd.ones((1, 4))).asnumpy())
 
 
+@pytest.mark.parametrize('kind', ['lsq', 'gdrq searching'])
+def test_the_weights_alone_go_into_a_float_net_to_be_quantized_otherwise(seed, path, kind):
+    net, _ = trained(kind)
+    gq.save(net, path)
+    made = gq.load_weights(path, build())       # noqa: F821
+    assert not quantizers(made)
+    saved = net._collect_params_with_prefix()
+    for name, parameter in made._collect_params_with_prefix().items():
+        np.testing.assert_array_equal(parameter.data().asnumpy(), saved[name].data().asnumpy())
+    gq.convert(made, 2)
+    with pytest.raises(ValueError, match='the net must be float'):
+        gq.load_weights(path, made)
+
+
+def test_weights_that_the_file_lacks_are_named_and_the_net_stays(seed, path):
+    gq.save(trained('lsq')[0], path)
+    other = nn.HybridSequential(prefix='other_')
+    other.add(nn.Dense(3, in_units=5))
+    other.initialize()
+    before = other[0].weight.data().asnumpy()
+    with pytest.raises(ValueError, match=r"Parameter '0.weight' has shape"):
+        gq.load_weights(path, other)
+    np.testing.assert_array_equal(other[0].weight.data().asnumpy(), before)
+
+
 def test_the_path_may_be_a_path_object(seed, tmp_path):
     net, _ = trained()
     gq.save(net, tmp_path / 'net')

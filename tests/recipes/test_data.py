@@ -162,3 +162,12 @@ def test_the_preprocessing_gives_the_known_accuracy_of_cifar10(shared):
     net.load_parameters(str(shared / 'weights' / 'cifar_resnet20_v1.params'))
     net.hybridize(static_alloc=True, static_shape=True)
     assert evaluate(net, loaders(val, val, batch_size=100, size=32).val) == 0.8676
+
+
+def test_held_out_images_are_others_and_always_the_same():
+    images = data.Images([(np.full((4, 4, 3), i, np.uint8), i % 3) for i in range(10)])
+    rest, held = images.split(3)
+    numbers = [[int(part.read(i)[0][0, 0, 0]) for i in range(len(part))] for part in (rest, held)]
+    assert [len(part) for part in numbers] == [7, 3] and sorted(sum(numbers, [])) == list(range(10))
+    again = images.split(3)[1]
+    assert [int(again.read(i)[0][0, 0, 0]) for i in range(3)] == numbers[1]

@@ -162,3 +162,40 @@ def test_a_wrong_option_is_explained(tmp_path, capsys, changed, message):
     with pytest.raises(SystemExit):
         call('images', tmp_path, **changed)
     assert message in capsys.readouterr().err
+
+
+def test_a_run_starts_from_the_weights_of_another_and_learns_from_the_float_net(straight, tmp_path):
+    images, out, _ = straight
+    options = {'--float-params': out / 'float.params', '--float-epochs': None, '--num-epochs': 2, '--bits': 2}
+    more = ['--start-from', str(out), '--teacher', 'float', '--label-smoothing', '0.1', '--warmup-epochs', '1']
+    call(images, tmp_path / 'run', *more, **options)
+    found = results(tmp_path / 'run')
+    assert found['epochs'] == 4 + 2 and found['accuracy']['float'] == results(out)['accuracy']['float']
+    first, second = (row for row in found['history'])
+    assert first['lr_first'] < first['lr_last']
+    call(images, tmp_path / 'alone', *more[2:], **options)
+    assert results(tmp_path / 'alone')['history'][0]['loss'] != first['loss']
+
+
+def test_images_held_out_are_validated_on_and_never_trained_on(straight, tmp_path):
+    images, out, _ = straight
+    start = {'--float-params': out / 'float.params', '--float-epochs': None, '--num-epochs': 1}
+    call(images, tmp_path, '--hold-out', '8', **start)
+    assert results(tmp_path)['options']['hold_out'] == 8
+
+
+@pytest.mark.parametrize('more, message', [
+    (['--start-from', 'nowhere'], 'there is no quantized.params'),
+    (['--teacher-params', 'file'], 'pass its name, too'),
+    (['--hold-out', '-1'], 'below 0')])
+def test_options_that_make_no_sense_are_refused(folder, tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit):
+        call(folder, tmp_path, *more)
+    assert message in capsys.readouterr().err
+
+
+def test_a_teacher_that_cannot_be_had_and_too_many_held_out_images_are_errors(folder, tmp_path):
+    with pytest.raises(SystemExit, match='--teacher resnet0 cannot be had'):
+        call(folder, tmp_path, '--teacher', 'resnet0')
+    with pytest.raises(SystemExit, match='Pass at most 16'):
+        call(folder, tmp_path / 'other', '--hold-out', '20')
