@@ -18,7 +18,7 @@ __version__ = '0.1.0'
 
 _PLACES = {
     'calibrate': ('calibrate',), 'checkpoint': ('load', 'load_weights', 'save'),
-    'config': ('LayerConfig', 'QuantizerSpec', 'Rule'), 'convert': ('convert',),
+    'config': ('LayerConfig', 'QuantizerSpec', 'Rule'), 'convert': ('convert',), 'distributed': ('StateSync',),
     'export': ('export_onnx', 'export_tensorrt_ranges', 'lint_tensorrt'), 'finalize': ('finalize',), 'fold': ('fold',),
     'fuse': ('fuse',), 'graph': ('attach', 'draw', 'explain'),
     'grid': ('Grid',), 'mxnet_int8': ('to_mxnet_int8',), 'packed': ('load_packed', 'save_packed'),

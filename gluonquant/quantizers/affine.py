@@ -77,9 +77,9 @@ class AffineActivation(ActivationQuantizer):
         if self.percentile < 100:
             self.default_observer, self.observer_options = 'percentile', {'percentile': self.percentile}
         with self.name_scope():
-            self.lo = self.state('lo')
-            self.hi = self.state('hi')
-            self.initialized = self.state('initialized')
+            self.lo = self.state('lo', merge='mean' if self.percentile < 100 else 'min')
+            self.hi = self.state('hi', merge='mean' if self.percentile < 100 else 'max')
+            self.initialized = self.state('initialized', merge='max')
 
     def fused_options(self):
         return {**super().fused_options(), 'decay': self.ema_decay, 'percentile': self.percentile}

@@ -83,9 +83,9 @@ class Quantizer(Fusable, HybridBlock):
         if not cls.min_bits <= bits <= cls.max_bits:
             raise ValueError(f'bits={bits}: {cls.__name__} supports {cls.min_bits} to {cls.max_bits} bits')
 
-    def state(self, name, shape=(1,), init=0.0):
-        """A saved value that no optimizer touches."""
-        return self._add(name, shape=shape, init=mx.init.Constant(init), grad_req='null', wd_mult=0.0)
+    def state(self, name, shape=(1,), init=0.0, merge='mean'):
+        """A saved value that no optimizer touches; ``merge`` says what several workers make of theirs."""
+        return self._add(name, shape=shape, init=mx.init.Constant(init), grad_req='null', wd_mult=0.0, merge=merge)
 
     def learned(self, name, shape=(1,), init=1.0, lower=None, upper=LARGEST, lr_mult=1.0, wd_mult=0.0):
         """A value that the Trainer optimizes, kept within its bounds."""

@@ -28,7 +28,7 @@ class FixedWeight(WeightQuantizer):
         super().__init__(bits, Grid(bits, midrise=midrise), **kwargs)
         with self.name_scope():
             self.scale = self.state('scale', shape=self.scale_shape(), init=1.0)
-            self.initialized = self.state('initialized')
+            self.initialized = self.state('initialized', merge='max')
 
     def initial(self, x):
         """From an array, as `int8` does; scales of a file are written instead."""

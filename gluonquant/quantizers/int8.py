@@ -72,7 +72,7 @@ class Int8Activation(ActivationQuantizer):
         self.ema_decay = check_fraction('ema_decay', ema_decay)
         self.grad_mode = check_grad_mode(grad_mode)
         with self.name_scope():
-            self.amax = self.state('amax')
+            self.amax = self.state('amax', merge='max')
 
     def fused_options(self):
         return {**super().fused_options(), 'decay': self.ema_decay}

@@ -38,7 +38,7 @@ class LearnedStep:
         """Create the Parameters ``scale`` and ``initialized``."""
         with self.name_scope():
             self.scale = self.learned('scale', shape=shape, lower=Q.EPS)
-            self.initialized = self.state('initialized')
+            self.initialized = self.state('initialized', merge='max')
 
     def levels(self, F, rows, fixed):
         return F.maximum(F.reshape(fixed['scale'], shape=(-1, 1)), Q.EPS), None

@@ -48,7 +48,7 @@ class LSQPlusActivation(ActivationQuantizer):
         with self.name_scope():
             self.scale = self.learned('scale', lower=Q.EPS)
             self.offset = self.learned('offset', init=0.0)
-            self.initialized = self.state('initialized')
+            self.initialized = self.state('initialized', merge='max')
             self.nudged = self.state('nudged', init=float(nudge_offset))
 
     def initial(self, x):

@@ -32,7 +32,7 @@ class PACT(ActivationQuantizer):
         super().__init__(bits, Grid(bits, signed, narrow_range=signed), **kwargs)
         with self.name_scope():
             self.alpha = self.learned('alpha', init=8.0, lower=1e-3, wd_mult=1.0)
-            self.initialized = self.state('initialized')
+            self.initialized = self.state('initialized', merge='max')
 
     def initial(self, x):
         return {'alpha': max(self.seen(x).range(self.grid)[1], 1e-3), 'initialized': 1.0}

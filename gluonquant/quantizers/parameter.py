@@ -24,13 +24,16 @@ class QuantizerParameter(gluon.Parameter):
         Upper bound where the lower one is a number; default: the largest float32.
     like : Parameter, optional
         Its contexts are taken when this Parameter initializes itself.
+    merge : 'mean', 'max' or 'min'
+        What `StateSync` makes of the values of several workers.
     """
 
-    def __init__(self, name, lower=None, upper=LARGEST, like=None, **kwargs):
+    def __init__(self, name, lower=None, upper=LARGEST, like=None, merge='mean', **kwargs):
         super().__init__(name, allow_deferred_init=True, **kwargs)
         self.lower = lower
         self.upper = upper
         self.like = like
+        self.merge = merge
         self.trainable = self.grad_req != 'null'    # by design; freezing sets grad_req to 'null' for a while
         self.on_use = None
         self.on_change = None

@@ -32,7 +32,7 @@ class Interval:
             self.start = self.state('start', init=1.0)      # t0, which bounds distance from below
             self.distance = self.learned('distance', init=0.5, lower=(self.start, 1e-4), lr_mult=0.01)
             self.center = self.learned('center', init=0.5, lower=(self.distance, 1.0), lr_mult=0.01)
-            self.initialized = self.state('initialized')
+            self.initialized = self.state('initialized', merge='max')
 
     def fused_options(self):
         return {**super().fused_options(), 'rescale': self.rescale}

@@ -161,7 +161,7 @@ class ActivationQuantizer(Quantizer):
         self.delay_quant = delay_quant
         if delay_quant:
             with self.name_scope():
-                self.steps = self.state('steps')
+                self.steps = self.state('steps', merge='max')
 
     def can_fuse(self, data):
         # The backward pass of a method that reads its input again cannot see how often the delay had been counted.
