@@ -1,6 +1,7 @@
 """What no gradient moves, kept equal on all workers and contexts of data-parallel training."""
 import numpy as np
 from mxnet import nd
+from mxnet.kvstore import KVStoreBase
 
 _FIRST_KEY = 2 ** 30        # a Trainer numbers its Parameters from 0
 _MERGES = {'mean': np.mean, 'max': np.max, 'min': np.min}
@@ -13,15 +14,12 @@ class StateSync:
     thresholds, counters) follow the images that each worker, or each context of a list, sees: without merging, every
     one of them would train another net. ::
 
-        store = mx.kv.create('dist_sync')
-        sync = gq.StateSync(net, store)
-        sync.broadcast()                                # after calibration, or loading
-        trainer = gluon.Trainer(net.collect_params(), 'sgd', options, kvstore=store, update_on_kvstore=False)
-        trainer.allreduce_grads()                       # starts it now: it gives all what worker 0 has
+        sync = gq.StateSync(mx.kv.create('dist_sync'))
+        trainer = gluon.Trainer(net.collect_params(), 'sgd', options, kvstore=sync.store(net), update_on_kvstore=False)
         for data, label in shard:
             ...
-            trainer.step(len(data) * store.num_workers)
-            sync()
+            trainer.step(len(data) * sync.workers)
+            sync(net)
 
     Means are averaged; largest and smallest values are those of all. Ranges then are what one worker with the joint
     batch would have observed, to rounding; percentiles (fqn) and variances are the mean of the workers'. In the very
@@ -30,24 +28,15 @@ class StateSync:
 
     Parameters
     ----------
-    net : Block, whose Parameters have values
     kvstore : KVStore, optional
-        The one given to the Trainer. None, or one that is not distributed: contexts are merged only.
-
-    Raises
-    ------
-    ValueError
-        Some Parameter has no value yet.
+        One StateSync for each. None: a single context. One that is not distributed: contexts of this process only.
     """
 
-    def __init__(self, net, kvstore=None):
-        self._net = net
+    def __init__(self, kvstore=None):
+        self._given = kvstore
         self._store = kvstore if kvstore is not None and 'dist' in kvstore.type else None
-        self._keys = {}         # length of a row -> key of the store
-        for name, parameter in net._collect_params_with_prefix().items():
-            if parameter._data is None and not hasattr(parameter, 'prepare'):
-                raise ValueError(f'Parameter {name!r} has no value yet: load or initialize the net first, and run one '
-                                 'batch through it if shapes are unknown')
+        self._keys = {}         # shape -> key of the store
+        self._trained = 0       # keys that Trainers have
 
     @property
     def rank(self):
@@ -59,12 +48,15 @@ class StateSync:
         """How many workers there are."""
         return self._store.num_workers if self._store else 1
 
-    def __call__(self):
-        """Merge the state; all workers call it equally often, after each `Trainer.step`."""
-        found = [parameter for parameter in self._parameters() if _is_state(parameter)]
+    def __call__(self, net):
+        """Merge the state of ``net``; all workers call it equally often, after each `Trainer.step`.
+
+        ValueError names a Parameter that has no value yet.
+        """
+        found = [parameter for parameter in _parameters(net) if _is_state(parameter)]
         if not found or self.workers * len(found[0].list_ctx()) == 1:
             return
-        rows = self.gather(self._rows(found))
+        rows = self.gather(_rows(found))
         merged, start = [], 0
         for parameter in found:
             part = rows[:, start:start + _size(parameter)]
@@ -72,10 +64,24 @@ class StateSync:
             start += _size(parameter)
         _write(found, merged)
 
-    def broadcast(self):
-        """Give every Parameter the value it has on the first context of worker 0."""
-        found = self._parameters()
-        row = self.gather(self._rows(found))[0]
+    def store(self, net):
+        """The store for a Trainer of ``net``, a new one for each; ``net`` first gets the values of worker 0 everywhere.
+
+        A plain KVStore would give a second Trainer the keys of the first, and would replace the values after the first
+        step, while gradients may overtake them.
+        """
+        if self._given is None:
+            return None
+        self.broadcast(net)
+        first, self._trained = self._trained, self._trained + len(_parameters(net))
+        return _TrainerStore(self._given, first)
+
+    def broadcast(self, net):
+        """Give every Parameter of ``net`` the value it has on the first context of worker 0."""
+        found = _parameters(net)
+        row = self.gather(_rows(found))[0]
+        for parameter in found:     # new arrays: inference leaves weights in a layout that a store cannot send
+            parameter.reset_ctx(parameter.list_ctx())
         _write(found, np.split(row, np.cumsum([_size(parameter) for parameter in found])[:-1]))
 
     def gather(self, rows):
@@ -83,9 +89,9 @@ class StateSync:
 
         rows : float array (m, n) -> float64 array (workers * m, n); values pass as float32
         """
-        rows = np.asarray(rows, dtype='float32')
         if self._store is None:
-            return rows.astype('float64')
+            return np.asarray(rows, dtype='float64')
+        rows = np.asarray(rows, dtype='float32')
         # A store of this kind adds up what workers push: each one fills in its own rows.
         everything = np.zeros((self.workers,) + rows.shape, 'float32')
         if rows.shape not in self._keys:
@@ -97,14 +103,42 @@ class StateSync:
         self._store.pull(self._keys[rows.shape], out=shared)
         return shared.asnumpy().reshape(-1, *rows.shape[1:]).astype('float64')
 
-    def _parameters(self):
-        return list(self._net.collect_params().values())
 
-    def _rows(self, parameters):
-        """One row for each context: the values of ``parameters``, one behind the other."""
-        nd.waitall()        # reading does not wait for what a static graph still writes
-        columns = [[array.reshape(-1).astype('float32') for array in parameter.list_data()] for parameter in parameters]
-        return np.stack([nd.concat(*row, dim=0).asnumpy() for row in zip(*columns)])
+class _TrainerStore(KVStoreBase):
+    """Adds up gradients under keys from ``first`` on."""
+
+    def __init__(self, store, first):
+        self._store, self._first = store, first
+
+    def broadcast(self, key, value, out, priority=0):
+        self._store.init(self._first + key, value)      # all have this value already
+
+    def pushpull(self, key, value, out=None, priority=0):
+        self._store.pushpull(self._first + key, value, out, priority)
+
+    @staticmethod
+    def is_capable(capability):
+        return False
+
+    type = property(lambda self: self._store.type)
+    rank = property(lambda self: self._store.rank)
+    num_workers = property(lambda self: self._store.num_workers)
+
+
+def _parameters(net):
+    found = net._collect_params_with_prefix()
+    for name, parameter in found.items():
+        if parameter._data is None and not hasattr(parameter, 'prepare'):
+            raise ValueError(f'Parameter {name!r} has no value yet: load or initialize the net first, and run one '
+                             'batch through it if shapes are unknown')
+    return list({id(parameter): parameter for parameter in found.values()}.values())
+
+
+def _rows(parameters):
+    """One row for each context: the values of ``parameters``, one behind the other."""
+    nd.waitall()        # reading does not wait for what a static graph still writes
+    columns = [[array.asnumpy().ravel() for array in parameter.list_data()] for parameter in parameters]
+    return np.stack([np.concatenate(row) for row in zip(*columns)])
 
 
 def _is_state(parameter):

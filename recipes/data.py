@@ -231,6 +231,8 @@ def _folder(path, names):
 class ShuffledBatches(gluon.data.Sampler):
     """Batches of keys (index, top, left, mirror) for one training epoch; an incomplete last batch is dropped.
 
+    Of several workers, number `rank` of `workers` gets its part of every batch of all of them.
+
     Parameters
     ----------
     images : Images.  batch_size : int.  seed : int.
@@ -238,13 +240,14 @@ class ShuffledBatches(gluon.data.Sampler):
 
     `epoch`, a pair of integers (stage, epoch), is to be set before each pass.
     """
-    def __init__(self, images, batch_size, seed, preset, size):
+    def __init__(self, images, batch_size, seed, preset, size, rank=0, workers=1):
         self._count, self._batch_size, self._seed, self._mirror = len(images), batch_size, seed, preset.mirror
+        self._rank, self._workers = rank, workers
         self._room = [side + 2 * preset.pad - size for side in images.shape[:2]]
         self.epoch = (0, 0)
 
     def __len__(self):
-        return self._count // self._batch_size
+        return self._count // (self._batch_size * self._workers)
 
     def __iter__(self):
         random = np.random.RandomState([self._seed, *self.epoch])
@@ -252,7 +255,7 @@ class ShuffledBatches(gluon.data.Sampler):
         top, left = (random.randint(0, room + 1, self._count) for room in self._room)
         mirror = random.randint(0, 2, self._count) * self._mirror
         keys = list(zip(order.tolist(), top.tolist(), left.tolist(), mirror.tolist()))
-        for i in range(len(self)):
+        for i in range(self._rank, len(self) * self._workers, self._workers):
             yield keys[i * self._batch_size:(i + 1) * self._batch_size]
 
 
@@ -300,17 +303,21 @@ class Loaders(NamedTuple):
     val_count: int
 
 
-def make_loaders(train, val, preset, size, batch_size, seed, calibration_batches, workers=0):
-    """Loaders for training, validation (every image) and calibration (training images, not augmented)."""
+def make_loaders(train, val, preset, size, batch_size, seed, calibration_batches, processes=0, rank=0, workers=1):
+    """Loaders for training, validation (every image) and calibration (training images, not augmented).
+
+    Worker `rank` of `workers` gets its share of the training and validation images, and all the calibration images.
+    """
     for images, name in ((train, 'training'), (val, 'validation')):
         if min(images.shape[:2]) + 2 * preset.pad < size:
             height, width = images.shape[:2]
             raise ValueError(f'--input-size {size} does not fit into the {name} images of {height}x{width} '
                              f'pixels. Pass --input-size {min(height, width)}, or --resize {size}.')
-    if len(train) < batch_size:
-        raise ValueError(f'--batch-size {batch_size} is larger than the {len(train)} training images. '
-                         f'Pass --batch-size {len(train)} or less.')
-    sampler = ShuffledBatches(train, batch_size, seed, preset, size)
+    if len(train) < batch_size * workers:
+        raise ValueError(f'--batch-size {batch_size} is larger than the {len(train)} training images'
+                         + (f' divided by {workers} workers' if workers > 1 else '')
+                         + f'. Pass --batch-size {len(train) // workers} or less.')
+    sampler = ShuffledBatches(train, batch_size, seed, preset, size, rank, workers)
     chosen = np.random.RandomState(seed).permutation(len(train))[:calibration_batches * batch_size]
     batchify = Batchify(preset, size)
 
@@ -323,7 +330,7 @@ def make_loaders(train, val, preset, size, batch_size, seed, calibration_batches
         finally:
             signal.signal(signal.SIGINT, interrupt)
 
-    return Loaders(loader(train, sampler, workers),
-                   loader(val, CentreBatches(val, batch_size, preset, size, range(len(val))), workers),
+    return Loaders(loader(train, sampler, processes),
+                   loader(val, CentreBatches(val, batch_size, preset, size, range(rank, len(val), workers)), processes),
                    loader(train, CentreBatches(train, batch_size, preset, size, chosen), 0),
-                   sampler, len(sampler) * batch_size, len(val))
+                   sampler, len(sampler) * batch_size * workers, len(val))

@@ -15,12 +15,12 @@ import sys
 
 import mxnet as mx
 from gluoncv.model_zoo import get_model
-from mxnet import gluon
 
 import gluonquant as gq
 import image_classification
 import report
 from loop import Loss, evaluate, hybridize, make_schedule, seed_everything, train_epoch
+from workers import Workers
 
 
 def parse_args(argv=None):
@@ -57,18 +57,17 @@ def load_run(folder, data_dir):
     return options, loaders, gq.load(os.path.join(folder, 'quantized.params'), net)
 
 
-def fine_tune(net, loaders, options, args):
+def fine_tune(net, loaders, workers, options, args):
     """Train the finalized net; returns {epoch: validation accuracy}."""
     schedule = make_schedule('cosine', args.lr, len(loaders.train), args.num_epochs, None, None)
-    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'lr_scheduler': schedule, 'momentum': options.momentum,
-                                                          'wd': options.wd}, kvstore=None)
+    trainer = workers.trainer(net, 'sgd', {'lr_scheduler': schedule, 'momentum': options.momentum, 'wd': options.wd})
     history = []
     for epoch in range(args.num_epochs):
         loaders.sampler.epoch = (2, epoch)      # other crops than in the stages before
         seed_everything(options.seed, 2, epoch)
-        row = train_epoch(net, trainer, loaders.train, loaders.train_count, Loss(),
+        row = train_epoch(net, trainer, loaders.train, loaders.train_count, Loss(), workers,
                               f'final {epoch + 1}/{args.num_epochs}')
-        history.append({**row, 'val_accuracy': evaluate(net, loaders.val)})
+        history.append({**row, 'val_accuracy': evaluate(net, loaders.val, workers)})
         logging.info('final epoch %d/%d: loss %.4f, validation %.4f', epoch + 1, args.num_epochs, row['loss'],
                      history[-1]['val_accuracy'])
     return history
@@ -78,11 +77,12 @@ def run(args):
     options, loaders, net = load_run(args.run, args.data_dir)
     target = args.target or options.target or 'onnxruntime'
     hybridize(net, options.mode)
-    accuracy = {'fine-tuned': evaluate(net, loaders.val)}
+    workers = Workers()
+    accuracy = {'fine-tuned': evaluate(net, loaders.val, workers)}
     final = gq.finalize(net, overflow=args.overflow)
     hybridize(final, options.mode)
-    accuracy['final'] = evaluate(final, loaders.val)
-    history = fine_tune(final, loaders, options, args) if args.num_epochs else []
+    accuracy['final'] = evaluate(final, loaders.val, workers)
+    history = fine_tune(final, loaders, workers, options, args) if args.num_epochs else []
     if history:
         accuracy['final, trained'] = history[-1]['val_accuracy']
     final.hybridize(False)

@@ -9,6 +9,11 @@ layer: 8) and fine-tunes it. Into --save-dir go results.json, curves.png, float.
 A run stopped at any moment, by Ctrl-C or by force, continues with the same command and --resume, and ends
 with the same weights to the last bit as a run that was not stopped.
 """
+import cluster
+
+MEMBER = cluster.join()     # a server or scheduler goes no further
+
+# ruff: noqa: E402
 import argparse
 import json
 import logging
@@ -26,6 +31,7 @@ import data as images
 import gluonquant as gq
 import report
 from loop import Loss, evaluate, hybridize, seed_everything, train_stage
+from workers import Workers
 
 # Options that may differ between a run and its continuation, because no result depends on them.
 FREE_OPTIONS = {'resume', 'overwrite', 'num_workers', 'logging_file', 'cache_mb', 'save_dir'}
@@ -88,6 +94,10 @@ def parse_args(argv=None):
     add = parser.add_argument_group('run').add_argument
     add('--mode', choices=['hybrid', 'imperative'], default='hybrid')
     add('--seed', type=int, default=0)
+    add('--num-gpus', type=int, default=0, help='train on this many GPUs, each with its part of every batch')
+    add('--num-cpus', type=int, default=1, help='without GPUs: on this many CPU contexts')
+    add('--kvstore', default='device', help='how gradients are added up; dist_sync: over the workers of a job, see '
+        'recipes/launch.py, each with batches of --batch-size')
     add('--save-dir', default=os.path.join('outputs', 'image_classification'), help='folder for all results')
     add('--resume', action='store_true', help='continue the run in --save-dir')
     add('--overwrite', action='store_true', help='discard an unfinished run in --save-dir')
@@ -116,14 +126,21 @@ def parse_args(argv=None):
         parser.error(f'--lr-decay-epoch {args.lr_decay_epoch} is not a list of epochs such as 40,60.')
     for name, least in (('batch_size', 1), ('num_epochs', 0), ('float_epochs', 0), ('calibration_batches', 1),
                         ('seed', 0), ('num_workers', 0), ('hold_out', 0), ('warmup_epochs', 0),
-                        ('label_smoothing', 0), ('hard_weight', 0)):
+                        ('label_smoothing', 0), ('hard_weight', 0), ('num_gpus', 0), ('num_cpus', 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is below {least}.")
+    if args.batch_size % len(contexts(args)):
+        parser.error(f'--batch-size {args.batch_size} cannot be divided among {len(contexts(args))} devices.')
     return args
 
 
-def read_data(args):
-    """Loaders and the number of classes."""
+def contexts(args):
+    """The devices of this process."""
+    return [mx.gpu(i) for i in range(args.num_gpus)] or [mx.cpu(i) for i in range(args.num_cpus)]
+
+
+def read_data(args, rank=0, workers=1):
+    """Loaders for worker `rank` of `workers`, and the number of classes."""
     if args.dataset == 'digits':
         train, val, classes = images.read_digits(args.input_size or 32)
     elif args.dataset == 'cifar10':
@@ -143,7 +160,7 @@ def read_data(args):
     preset = preset._replace(mean=args.mean or preset.mean, std=args.std or preset.std)
     size = args.input_size or min(preset.input_size, *val.shape[:2])
     loaders = images.make_loaders(train, val, preset, size, args.batch_size, args.seed,
-                                  args.calibration_batches, args.num_workers)
+                                  args.calibration_batches, args.num_workers, rank, workers)
     for part in (train, val):
         if part.nbytes <= args.cache_mb * 1e6:
             part.cache()
@@ -182,6 +199,7 @@ def make_teacher(args, classes):
         net = get_model(args.model if itself else args.teacher, classes=classes, pretrained=not path)
         if path:
             net.load_parameters(path)
+        net.collect_params().reset_ctx(contexts(args))
     except Exception as error:          # whatever the model zoo, the network or the file bring up
         raise SystemExit(f'--teacher {args.teacher} cannot be had: {error}. Pass the name of a gluoncv model of '
                          f'{classes} classes, and its parameters as --teacher-params FILE.') from error
@@ -189,10 +207,13 @@ def make_teacher(args, classes):
     return net
 
 
-def start_or_resume(args, folder):
+def start_or_resume(args, folder, workers):
     """The state to continue from: that of the newest checkpoint, or that of a new run."""
     options = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
     path, state = checkpoint.latest(folder)
+    if not workers.same(state['step'] if state else -1):
+        raise SystemExit(f'the workers find different checkpoints in {args.save_dir}. Pass a --save-dir that all of '
+                         'them share.')
     if args.resume and state:
         changed = {name for name in options if options[name] != state['options'].get(name)}
         if changed:
@@ -211,17 +232,18 @@ def start_or_resume(args, folder):
                          'another --save-dir.')
     if args.resume:
         logging.info('no checkpoint in %s: starting from the beginning', folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder)
+    if workers.first:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder)
     return {'stage': 'float', 'epoch': 0, 'step': 0, 'history': [], 'accuracy': {}, 'seconds': 0.0,
             'finished': False, 'options': options, 'threads': report.threads(), 'path': None}
 
 
-def run(args):
+def run(args, workers):
     folder = os.path.join(args.save_dir, 'checkpoints')
-    state = start_or_resume(args, folder)
+    state = start_or_resume(args, folder, workers)
     try:
-        loaders, classes = read_data(args)
+        loaders, classes = read_data(args, workers.rank, workers.count)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     try:
@@ -236,6 +258,8 @@ def run(args):
     def save(net, trainer=None):
         state['step'] += 1
         state.pop('path', None)
+        if not workers.first:
+            return
         quantized = state['stage'] == 'quantized'
         writers = {'net.params': (lambda path: gq.save(net, path)) if quantized else net.save_parameters}
         if trainer:
@@ -244,37 +268,42 @@ def run(args):
 
     if state['stage'] == 'float':
         if state['path']:
-            net.load_parameters(os.path.join(state['path'], 'net.params'))
+            net.load_parameters(os.path.join(state['path'], 'net.params'), ctx=contexts(args))
         elif args.float_params:
-            net.load_parameters(args.float_params)
+            net.load_parameters(args.float_params, ctx=contexts(args))
         else:
-            net.initialize(mx.init.Xavier())
+            net.initialize(mx.init.Xavier(), ctx=contexts(args))
+            for data, _ in workers.share(next(iter(loaders.calibration))):
+                net(data)               # completes shapes
         hybridize(gq.fuse(net), args.mode)
-        train_stage('float', net, loaders, hard_loss, args, state, save)
+        train_stage('float', net, loaders, hard_loss, workers, args, state, save)
         start = time.time()
-        state['accuracy']['float'] = evaluate(net, loaders.val)
-        net.save_parameters(os.path.join(args.save_dir, 'float.params'))
+        state['accuracy']['float'] = evaluate(net, loaders.val, workers)
+        if workers.first:
+            net.save_parameters(os.path.join(args.save_dir, 'float.params'))
         if args.start_from:
             gq.load_weights(os.path.join(args.start_from, 'quantized.params'), net)
             with open(os.path.join(args.start_from, 'results.json')) as file:
                 state['epochs_before'] = json.load(file)['epochs']
         net = quantize(net, loaders, args)
-        state['accuracy']['calibrated only'] = evaluate(net, loaders.val)
+        state['accuracy']['calibrated only'] = evaluate(net, loaders.val, workers)
         logging.info('float %.4f, calibrated only %.4f', *state['accuracy'].values())
         state.update(stage='quantized', epoch=0, seconds=state['seconds'] + time.time() - start)
         save(net)
     else:
-        net = gq.load(os.path.join(state['path'], 'net.params'), net)
+        net = gq.load(os.path.join(state['path'], 'net.params'), net, ctx=contexts(args))
         hybridize(net, args.mode)
     loss_function = Loss(classes, args.label_smoothing, make_teacher(args, classes), args.temperature, args.hard_weight)
-    train_stage('quantized', net, loaders, loss_function, args, state, save)
+    train_stage('quantized', net, loaders, loss_function, workers, args, state, save)
     if args.num_epochs:
         state['accuracy']['fine-tuned'] = state['history'][-1]['val_accuracy']
-    if not state['finished']:
-        gq.save(net, os.path.join(args.save_dir, 'quantized.params'))
-        state['finished'] = True
-        save(net)
-    finish(net, args, state)
+    if workers.first:
+        if not state['finished']:
+            gq.save(net, os.path.join(args.save_dir, 'quantized.params'))
+            state['finished'] = True
+            save(net)
+        finish(net, args, state)
+    workers.leave()
 
 
 def finish(net, args, state):
@@ -296,12 +325,17 @@ def finish(net, args, state):
 def main():
     args = parse_args()
     os.makedirs(args.save_dir, exist_ok=True)
+    workers = Workers(args.kvstore, contexts(args), MEMBER)
+    console = logging.StreamHandler()
+    if not workers.first:
+        console.setLevel(logging.WARNING)
+        args.logging_file += f'.{workers.rank}'
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s', datefmt='%H:%M:%S', handlers=[
-        logging.StreamHandler(), logging.FileHandler(os.path.join(args.save_dir, args.logging_file))])
+        console, logging.FileHandler(os.path.join(args.save_dir, args.logging_file))])
     kept = [word for word in sys.argv if word not in ('--resume', '--overwrite')]
     again = shlex.join([sys.executable, *kept, '--resume'])
     try:
-        run(args)
+        run(args, workers)
     except KeyboardInterrupt:
         print(f'\nStopped. Only the epoch under way is lost; continue with\n  {again}', file=sys.stderr)
         sys.exit(130)               # as shells report an interrupt

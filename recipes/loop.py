@@ -78,8 +78,8 @@ class Loss:
         return self._loss(output, label, answer) if self._teacher else self._loss(output, label)
 
 
-def train_epoch(net, trainer, batches, count, loss_function, title):
-    """One pass over `batches`, `count` images in all.
+def train_epoch(net, trainer, batches, count, loss_function, workers, title):
+    """One pass over `batches`, `count` images in all; with several workers, each brings its own batches.
 
     Returns a dict: loss (mean), accuracy (0..1), images_per_s, lr_first and lr_last (of the epoch's updates).
     Losses are read one step late: MXNet computes in the background, and the next batch is prepared meanwhile.
@@ -88,51 +88,50 @@ def train_epoch(net, trainer, batches, count, loss_function, title):
 
     def collect(sums, size):
         nonlocal images
-        values = sums.asnumpy()
-        totals[0] += float(values[0])
-        totals[1] += float(values[1])
+        for part in sums:
+            for i, value in enumerate(part.asnumpy()):
+                totals[i] += float(value)
         images += size
         bar.set_postfix(loss=f'{totals[0] / images:.3f}', acc=f'{totals[1] / images:.3f}', refresh=False)
         bar.update(size)
 
-    with tqdm(total=count, desc=title, unit='img', disable=None, leave=False) as bar:
+    with tqdm(total=count // workers.count, desc=title, unit='img', disable=None if workers.first else True,
+              leave=False) as bar:
         for batch in batches:
-            data, label = _on_device(batch)
+            sums, losses = [], []
             with autograd.record():
-                output = net(data)
-                loss = loss_function(data, output, label)
-            loss.backward()
-            trainer.step(len(data))
+                for data, label in workers.share(batch):
+                    output = net(data)
+                    losses.append(loss_function(data, output, label))
+                    sums.append(mx.nd.concat(losses[-1].sum(), (output.argmax(axis=1) == label).sum(), dim=0))
+            autograd.backward(losses)
+            workers.step(trainer, net, len(batch[0]))
             rates.append(trainer.learning_rate)
-            sums = mx.nd.concat(loss.sum(), (output.argmax(axis=1) == label).sum(), dim=0)
             if pending:
                 collect(*pending)
-            pending = (sums, len(data))
+            pending = (sums, len(batch[0]))
         collect(*pending)
+    *totals, images = workers.total(*totals, images)
     speed = images / (time.time() - start)
     return {'loss': totals[0] / images, 'accuracy': totals[1] / images, 'images_per_s': round(speed, 1),
             'lr_first': rates[0], 'lr_last': rates[-1]}
 
 
-def evaluate(net, batches, title='validating'):
-    """Top-1 accuracy over every image of `batches`, in 0..1."""
+def evaluate(net, batches, workers, title='validating'):
+    """Top-1 accuracy over every image of `batches`, of all workers, in 0..1."""
     right = count = 0
     size = None
-    for batch in tqdm(batches, desc=title, unit='batch', disable=None, leave=False):
-        data, label = _on_device(batch)
+    for data, label in tqdm(batches, desc=title, unit='batch', disable=None if workers.first else True, leave=False):
+        count += len(label)
         size = size or len(data)
         missing = size - len(data)
-        if missing:     # static_shape plans memory for one batch size: fill up, then ignore the filling
+        if missing:     # static_shape plans memory for one batch size: fill up with images of no class
             data = mx.nd.concat(data, data[:1].repeat(missing, axis=0), dim=0)
-        output = net(data)[:len(label)]
-        right += int((output.argmax(axis=1) == label).sum().asscalar())
-        count += len(label)
+            label = mx.nd.concat(label, -mx.nd.ones((missing,), ctx=label.context), dim=0)
+        found = [(net(part).argmax(axis=1) == answer).sum() for part, answer in workers.share([data, label])]
+        right += sum(int(part.asscalar()) for part in found)
+    right, count = workers.total(right, count)
     return right / count
-
-
-def _on_device(batch):
-    """Arrays where the network is: data workers leave theirs in shared memory."""
-    return [array.as_in_context(mx.current_context()) for array in batch]
 
 
 def hybridize(net, mode):
@@ -147,7 +146,7 @@ def seed_everything(seed, *position):
     np.random.seed(int(state.randint(2 ** 31 - 1)))
 
 
-def train_stage(stage, net, loaders, loss_function, args, state, save):
+def train_stage(stage, net, loaders, loss_function, workers, args, state, save):
     """Train from the epoch in `state` to the last one of `stage`; note and save each epoch.
 
     Float training takes a cosine schedule with --float-lr; fine-tuning takes the options of the command line.
@@ -161,7 +160,7 @@ def train_stage(stage, net, loaders, loss_function, args, state, save):
     lr_scheduler = make_schedule(*schedule, len(loaders.train), epochs, args.lr_decay, args.lr_decay_epoch,
                                  args.warmup_epochs)
     options = {'lr_scheduler': lr_scheduler, 'momentum': args.momentum, 'wd': args.wd}
-    trainer = gluon.Trainer(net.collect_params(), 'sgd', options, kvstore=None)
+    trainer = workers.trainer(net, 'sgd', options)
     if state['epoch'] > 0:
         trainer.load_states(os.path.join(state['path'], 'trainer.states'))
     frozen = False
@@ -173,12 +172,12 @@ def train_stage(stage, net, loaders, loss_function, args, state, save):
             frozen = True
         loaders.sampler.epoch = (STAGES.index(stage), epoch)
         seed_everything(args.seed, *loaders.sampler.epoch)
-        row = train_epoch(net, trainer, loaders.train, loaders.train_count, loss_function,
+        row = train_epoch(net, trainer, loaders.train, loaders.train_count, loss_function, workers,
                           f'{stage} {epoch + 1}/{epochs}')
         if not math.isfinite(row['loss']):
             raise SystemExit(f"{stage} epoch {epoch + 1}: the loss is {row['loss']}. Pass a smaller "
                              f"{'--float-lr' if stage == 'float' else '--lr'} than {schedule[1]}.")
-        row['val_accuracy'] = evaluate(net, loaders.val)
+        row['val_accuracy'] = evaluate(net, loaders.val, workers)
         state['history'].append({'stage': stage, 'epoch': epoch + 1, **row})
         state['epoch'] = epoch + 1
         state['seconds'] += time.time() - start

@@ -45,11 +45,9 @@ def train(method, ctx, data, sync=True, averages=False):
     """The net after a step for each batch, which the contexts share; with moving averages, or with frozen ones."""
     net = prepared(method, ctx, data, averages)
     store = mx.kv.create('device')
-    merge = gq.StateSync(net, store)
-    merge.broadcast()
+    merge = gq.StateSync(store)
     trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 0.05, 'momentum': 0.9, 'wd': 1e-4},
-                            kvstore=store, update_on_kvstore=False)
-    trainer.allreduce_grads()
+                            kvstore=merge.store(net), update_on_kvstore=False)
     loss_function = gluon.loss.SoftmaxCrossEntropyLoss()
     for images, labels in data:
         parts = zip(gluon.utils.split_and_load(images, ctx), gluon.utils.split_and_load(labels, ctx))
@@ -58,7 +56,7 @@ def train(method, ctx, data, sync=True, averages=False):
         autograd.backward(losses)
         trainer.step(len(images))
         if sync:
-            merge()
+            merge(net)
     return net
 
 
@@ -112,7 +110,7 @@ def test_largest_and_smallest_values_are_those_of_all_and_counters_stay_counters
     for place, (low, high, steps) in enumerate([(-1, 2, 5), (-3, 1, 5)]):
         for name, value in (('lo', low), ('hi', high), ('steps', steps)):
             quantizer._reg_params[name].data(TWO[place])[:] = value
-    gq.StateSync(net)()
+    gq.StateSync()(net)
     found = values(net, TWO[1])
     assert [float(found[f'3.input_quantizer.{name}']) for name in ('lo', 'hi', 'steps')] == [-3, 2, 5]
 
@@ -124,7 +122,7 @@ def test_running_statistics_are_averaged_and_equal_ones_stay_to_the_bit():
     net[4].running_mean.set_data(nd.array(before))
     for place in range(2):
         mean.data(TWO[place])[:] = place
-    gq.StateSync(net)()
+    gq.StateSync()(net)
     np.testing.assert_array_equal(values(net, TWO[0])['1.running_mean'], 0.5)
     np.testing.assert_array_equal(values(net, TWO[1])['4.running_mean'], before)
 
@@ -132,7 +130,7 @@ def test_running_statistics_are_averaged_and_equal_ones_stay_to_the_bit():
 def test_broadcasting_gives_all_the_values_of_the_first():
     net = build(TWO)
     net[0].weight.data(TWO[1])[:] = 7
-    gq.StateSync(net).broadcast()
+    gq.StateSync().broadcast(net)
     np.testing.assert_array_equal(net[0].weight.data(TWO[1]).asnumpy(), net[0].weight.data(TWO[0]).asnumpy())
     assert (net[0].weight.data(TWO[1]).asnumpy() != 7).all()
 
@@ -140,8 +138,8 @@ def test_broadcasting_gives_all_the_values_of_the_first():
 def test_one_worker_has_nothing_to_merge():
     net = build(TWO[:1])
     before = values(net, TWO[0])
-    sync = gq.StateSync(net)
-    sync()
+    sync = gq.StateSync()
+    sync(net)
     assert sync.rank == 0 and sync.workers == 1 and sync.gather(np.ones((1, 2))).tolist() == [[1, 1]]
     for name, value in values(net, TWO[0]).items():
         np.testing.assert_array_equal(value, before[name])
@@ -151,4 +149,4 @@ def test_a_net_without_values_is_refused():
     net = nn.Dense(3)
     net.initialize()
     with pytest.raises(ValueError, match="Parameter 'weight' has no value yet"):
-        gq.StateSync(net)
+        gq.StateSync()(net)

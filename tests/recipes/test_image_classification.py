@@ -16,6 +16,7 @@ from mxnet import nd
 
 import image_classification
 from tiny import write_folder
+from workers import Workers
 
 ROOT = str(Path(__file__).parents[2])
 OPTIONS = {'--float-epochs': 2, '--num-epochs': 4, '--batch-size': 8, '--calibration-batches': 1,
@@ -41,7 +42,7 @@ def call(*args, **kwargs):
     """The same command inside this process."""
     options = image_classification.parse_args(command(*args, **kwargs)[2:])
     os.makedirs(options.save_dir, exist_ok=True)
-    image_classification.run(options)
+    image_classification.run(options, Workers())
 
 
 def results(out):
