@@ -24,7 +24,7 @@ _PLACES = {
     'grid': ('Grid',), 'mxnet_int8': ('to_mxnet_int8',), 'packed': ('load_packed', 'save_packed'),
     'reestimate': ('reestimate_batchnorm',), 'summary': ('summary',),
     'switches': ('freeze', 'freeze_batchnorm', 'set_mode', 'set_phase', 'unfreeze'),
-    'verify': ('verify',)}
+    'torch_weights': ('like_torch', 'load_torch'), 'verify': ('verify',)}
 _MODULES = ('graph', 'integer', 'layers', 'mxnet_int8', 'observers', 'ops', 'quantizers', 'training')
 _HOME = {name: module for module, names in _PLACES.items() for name in names}
 
