@@ -22,7 +22,7 @@ _PLACES = {
     'export': ('export_onnx', 'export_tensorrt_ranges', 'lint_tensorrt'), 'finalize': ('finalize',), 'fold': ('fold',),
     'fuse': ('fuse',), 'graph': ('attach', 'draw', 'explain'),
     'grid': ('Grid',), 'mxnet_int8': ('to_mxnet_int8',), 'packed': ('load_packed', 'save_packed'),
-    'reestimate': ('reestimate_batchnorm',), 'summary': ('summary',),
+    'ranges': ('clipped', 'ranges'), 'reestimate': ('reestimate_batchnorm',), 'summary': ('summary',),
     'switches': ('freeze', 'freeze_batchnorm', 'set_mode', 'set_phase', 'unfreeze'),
     'torch_weights': ('like_torch', 'load_torch'), 'verify': ('verify',)}
 _MODULES = ('graph', 'integer', 'layers', 'mxnet_int8', 'observers', 'ops', 'quantizers', 'training')

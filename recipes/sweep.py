@@ -1,0 +1,88 @@
+"""Run every cell of a table of results, one after the other: finished ones are skipped, others continued.
+
+    python recipes/sweep.py recipes/sweeps/cifar10_resnet20.json --save-dir outputs/cifar10_resnet20 \
+        --data-dir DIR --float-params FILE [--only lsq pact]
+
+The sweep file has options for all cells, for rows (bits, epochs) and for columns (methods). Cell ROW_COLUMN starts from
+the weights of the cell of the row's "start" in the same column: fewer bits start from more. Options that this script
+does not know go to every run.
+"""
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('sweep', help='JSON file of recipes/sweeps')
+    parser.add_argument('--save-dir', required=True, help='folder that gets a folder for each cell')
+    parser.add_argument('--only', nargs='+', metavar='NAME', help='rows, columns or cells; default: all')
+    parser.add_argument('--dry-run', action='store_true', help='print the commands that remain')
+    return parser.parse_known_args(argv)
+
+
+def read(path):
+    """The sweep as a dict; ValueError names what is wrong in it."""
+    with open(path) as file:
+        sweep = json.load(file)
+    for row, options in sweep['rows'].items():
+        start = options.get('start')
+        if start is not None and start not in list(sweep['rows'])[:list(sweep['rows']).index(row)]:
+            raise ValueError(f'{path}: row {row} starts from {start}, which is no row before it')
+    return sweep
+
+
+def cells(sweep):
+    """[(row, column)] in the order in which they run."""
+    return [(row, column) for column, options in sweep['columns'].items()
+            for row in sweep['rows'] if row not in options.get('skip', ())]
+
+
+def name(row, column):
+    """The name of a cell's folder."""
+    return f'{row}_{column}'
+
+
+def command(sweep, row, column, save_dir, more):
+    """The command line of one cell."""
+    merged = {**sweep['options'], **sweep['columns'][column], **sweep['rows'][row],
+              **sweep.get('cells', {}).get(name(row, column), {})}
+    start = merged.pop('start', None)
+    for key in ('title', 'skip', 'published'):
+        merged.pop(key, None)
+    words = []
+    for option, value in merged.items():
+        words += [] if value is False else [option] if value is True else [option, str(value)]
+    if start:
+        words += ['--start-from', os.path.join(save_dir, name(start, column))]
+    return [*words, '--save-dir', os.path.join(save_dir, name(row, column)), *more]
+
+
+def main():
+    args, more = parse_args()
+    sweep = read(args.sweep)
+    failed = []
+    for row, column in cells(sweep):
+        folder = os.path.join(args.save_dir, name(row, column))
+        if args.only and not {row, column, name(row, column)} & set(args.only):
+            continue
+        if os.path.exists(os.path.join(folder, 'results.json')):
+            continue
+        words = [sys.executable, str(HERE / 'image_classification.py'),
+                 *command(sweep, row, column, args.save_dir, more), '--resume']
+        print(shlex.join(words), flush=True)
+        if not args.dry_run and subprocess.run(words).returncode:
+            failed.append(name(row, column))
+    if failed:
+        sys.exit(f'these cells failed: {", ".join(failed)}. Their logs say why.')
+
+
+if __name__ == '__main__':
+    main()
