@@ -34,7 +34,7 @@ from loop import Loss, evaluate, hybridize, seed_everything, train_stage
 from workers import Workers
 
 # Options that may differ between a run and its continuation, because no result depends on them.
-FREE_OPTIONS = {'resume', 'overwrite', 'num_workers', 'logging_file', 'cache_mb', 'save_dir'}
+FREE_OPTIONS = {'resume', 'overwrite', 'num_workers', 'logging_file', 'cache_mb', 'save_dir', 'tensorboard'}
 
 
 def parse_args(argv=None):
@@ -101,6 +101,7 @@ def parse_args(argv=None):
     add('--save-dir', default=os.path.join('outputs', 'image_classification'), help='folder for all results')
     add('--resume', action='store_true', help='continue the run in --save-dir')
     add('--overwrite', action='store_true', help='discard an unfinished run in --save-dir')
+    add('--tensorboard', action='store_true', help='write curves, ranges and clipped shares for TensorBoard')
     add('--logging-file', default='train.log', help='name of the log in --save-dir')
 
     args = parser.parse_args(argv)
@@ -254,6 +255,9 @@ def run(args, workers):
     seed_everything(args.seed)
 
     hard_loss = Loss(classes, args.label_smoothing)
+    board = None
+    if args.tensorboard and workers.first:
+        board = report.Board(os.path.join(args.save_dir, 'tensorboard'), first=len(state['history']) + 1)
 
     def save(net, trainer=None):
         state['step'] += 1
@@ -265,6 +269,8 @@ def run(args, workers):
         if trainer:
             writers['trainer.states'] = trainer.save_states
         checkpoint.write(folder, state['stage'], state['epoch'], state, writers)
+        if trainer and board:
+            board.note(len(state['history']), state['history'][-1], net, loaders.calibration)
 
     if state['stage'] == 'float':
         if state['path']:

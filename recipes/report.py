@@ -31,6 +31,32 @@ def threads():
     return {'cpus': os.cpu_count(), 'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS')}
 
 
+class Board:
+    """Writes TensorBoard's scalars into `directory`: curves, and every quantizer's range and share of clipped values.
+
+    Points of `first` and later epochs that an interrupted run has left are discarded.
+    """
+    def __init__(self, directory, first):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise SystemExit('--tensorboard needs tensorboardX: pip install tensorboardX, or leave the option out.'
+                             ) from None
+        self._writer = SummaryWriter(directory, purge_step=first)
+
+    def note(self, epoch, row, net, batches):
+        """Add the epoch that `row` of the history is about; `batches` show how much is clipped."""
+        scalars = {f"{row['stage']}/{name}": row[name] for name in ('loss', 'accuracy', 'val_accuracy', 'images_per_s')}
+        scalars[f"{row['stage']}/lr"] = row['lr_last']
+        if row['stage'] == 'quantized':
+            for path, (low, high) in gq.ranges(net).items():
+                scalars.update({f'low/{path}': low, f'high/{path}': high})
+            scalars.update({f'clipped/{path}': share for path, share in gq.clipped(net, batches).items()})
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+
+
 def table(title, accuracy, sizes):
     """Lines of text: one row per stage in `accuracy` (dict stage -> top-1 in 0..1), with its size.
 

@@ -75,7 +75,7 @@ def main():
             continue
         if os.path.exists(os.path.join(folder, 'results.json')):
             continue
-        words = [sys.executable, str(HERE / 'image_classification.py'),
+        words = [sys.executable, os.path.relpath(HERE / 'image_classification.py'),
                  *command(sweep, row, column, args.save_dir, more), '--resume']
         print(shlex.join(words), flush=True)
         if not args.dry_run and subprocess.run(words).returncode:

@@ -80,6 +80,27 @@ def test_the_run_leaves_a_table_results_and_a_picture(straight):
     assert all(np.isfinite(value.asnumpy()).all() for value in nd.load(str(out / 'float.params')).values())
 
 
+def test_tensorboard_gets_curves_ranges_and_clipped_shares_once_for_each_epoch(straight, tmp_path):
+    struct = pytest.importorskip('tensorboardX.proto.event_pb2')
+    images, out, _ = straight
+    start = {'--float-params': out / 'float.params', '--float-epochs': None, '--num-epochs': 2}
+    call(images, tmp_path, '--tensorboard', **start)
+    found = {}
+    for path in (tmp_path / 'tensorboard').iterdir():
+        data = path.read_bytes()
+        while data:         # length, its checksum, the event, its checksum
+            size = int.from_bytes(data[:8], 'little')
+            event, data = struct.Event.FromString(data[12:12 + size]), data[16 + size:]
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    accuracies = [row['val_accuracy'] for row in results(tmp_path)['history']]
+    assert [step for step, _ in found['quantized/loss']] == [1, 2]
+    assert [value for _, value in found['quantized/val_accuracy']] == pytest.approx(accuracies)
+    shares = [tag for tag in found if tag.startswith('clipped/')]
+    assert len(shares) == len([tag for tag in found if tag.startswith('high/')]) > 40
+    assert all(0 <= value < 1 for tag in shares for _, value in found[tag])
+
+
 def test_the_sine_schedule_rises_and_falls_to_zero(straight):
     rows = [row for row in results(straight[1])['history'] if row['stage'] == 'quantized']
     total = 4 * 3           # epochs times batches of 8 out of 24
