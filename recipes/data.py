@@ -5,9 +5,10 @@ from (seed, stage, epoch) alone. Data workers only follow those draws, so neithe
 interruption changes a pixel of what the network sees.
 """
 import io
+import math
 import os
 import signal
-from typing import NamedTuple, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import mxnet as mx
 import numpy as np
@@ -25,6 +26,8 @@ class Preset(NamedTuple):
     pad: int            # zero pixels added on every side before a training crop
     mirror: bool        # mirror half of the training images
     input_size: int     # side of the square crop the network sees
+    # Smallest part of an image that a training crop covers before it is resized; None: crops are not resized.
+    area: Optional[float] = None
 
 
 def _unit(*values):
@@ -36,8 +39,14 @@ PRESETS = {
     # A mirrored digit is another shape, so digits are only shifted.
     'digits': Preset(_unit(0.305, 0.305, 0.305), _unit(0.376, 0.376, 0.376), 4, False, 32),
     'cifar': Preset(_unit(0.4914, 0.4822, 0.4465), _unit(0.2023, 0.1994, 0.2010), 4, True, 32),
-    'imagenet': Preset((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), 0, True, 224),
+    # As networks are trained on ImageNet: crops of 8 to 100 % of the area, sides as 3 to 4 at most, resized; validation
+    # on the middle of images whose shorter side is 8/7 of the crop. Images may be of different sizes.
+    'imagenet': Preset((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), 0, True, 224, 0.08),
+    # For images that have been brought to one size, little larger than the crop.
+    'imagenette': Preset((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), 0, True, 224),
 }
+ASPECT = 4 / 3
+MARGIN = 8 / 7
 
 
 class Images(gluon.data.Dataset):
@@ -49,7 +58,11 @@ class Images(gluon.data.Dataset):
     resize : int or None. Shorter side in pixels, the middle square of which is kept; None changes nothing.
     name : str for messages.
     classes : int or None. Labels must be below it.
+
+    With `several_sizes`, images need not be of the size of the first; they are not cached then.
     """
+    several_sizes = False
+
     def __init__(self, encoded, resize=None, name='images', classes=None):
         self._encoded = encoded
         self._resize = resize
@@ -64,9 +77,9 @@ class Images(gluon.data.Dataset):
         return len(self._encoded)
 
     def __getitem__(self, key):
-        """(index, top, left, mirror) -> (pixels, label, top, left, mirror); `Batchify` crops."""
-        index, *crop = key
-        return (*self.read(index), *crop)
+        """(index, what was drawn for it) -> (pixels, label, what was drawn); `Batchify` crops."""
+        index, *drawn = key
+        return (*self.read(index), *drawn)
 
     def read(self, index):
         """uint8 array (H, W, 3) and integer label of one image."""
@@ -77,7 +90,7 @@ class Images(gluon.data.Dataset):
         if self._classes and label >= self._classes:
             raise ValueError(f'image {index} of {self._name} has label {label}, but validation has only '
                              f'labels 0 to {self._classes - 1}. Add validation images of every class.')
-        if pixels.shape != self.shape:
+        if pixels.shape != self.shape and not self.several_sizes:
             raise ValueError(f'image {index} of {self._name} has shape {pixels.shape}, the first one '
                              f'{self.shape}. Pass --resize {min(self.shape[:2])} to bring all to one size.')
         return pixels, label
@@ -90,11 +103,13 @@ class Images(gluon.data.Dataset):
 
     @property
     def nbytes(self):
-        """Memory that `cache` takes."""
+        """Memory that the decoded images take."""
         return len(self) * int(np.prod(self.shape))
 
-    def cache(self):
-        """Decode every image into memory once."""
+    def cache(self, limit):
+        """Decode every image into memory once, if that takes at most `limit` bytes and all are of one size."""
+        if self.several_sizes or self.nbytes > limit:
+            return self
         pixels, labels = np.empty((len(self),) + self.shape, np.uint8), np.empty(len(self), np.int32)
         for i in tqdm(range(len(self)), desc=f'reading {self._name}', unit='img', disable=None, leave=False):
             pixels[i], labels[i] = self.read(i)
@@ -229,7 +244,10 @@ def _folder(path, names):
 
 
 class ShuffledBatches(gluon.data.Sampler):
-    """Batches of keys (index, top, left, mirror) for one training epoch; an incomplete last batch is dropped.
+    """Batches of keys for one training epoch; an incomplete last batch is dropped.
+
+    A key is (index, top, left, mirror), or for crops that are resized (index, area, aspect, top, left, mirror) with
+    four numbers in 0..1.
 
     Of several workers, number `rank` of `workers` gets its part of every batch of all of them.
 
@@ -241,7 +259,7 @@ class ShuffledBatches(gluon.data.Sampler):
     `epoch`, a pair of integers (stage, epoch), is to be set before each pass.
     """
     def __init__(self, images, batch_size, seed, preset, size, rank=0, workers=1):
-        self._count, self._batch_size, self._seed, self._mirror = len(images), batch_size, seed, preset.mirror
+        self._count, self._batch_size, self._seed, self._preset = len(images), batch_size, seed, preset
         self._rank, self._workers = rank, workers
         self._room = [side + 2 * preset.pad - size for side in images.shape[:2]]
         self.epoch = (0, 0)
@@ -252,9 +270,12 @@ class ShuffledBatches(gluon.data.Sampler):
     def __iter__(self):
         random = np.random.RandomState([self._seed, *self.epoch])
         order = random.permutation(self._count)
-        top, left = (random.randint(0, room + 1, self._count) for room in self._room)
-        mirror = random.randint(0, 2, self._count) * self._mirror
-        keys = list(zip(order.tolist(), top.tolist(), left.tolist(), mirror.tolist()))
+        if self._preset.area:
+            drawn = list(random.uniform(size=(4, self._count)))
+        else:
+            drawn = [random.randint(0, room + 1, self._count) for room in self._room]
+        mirror = random.randint(0, 2, self._count) * self._preset.mirror
+        keys = list(zip(*(column.tolist() for column in (order, *drawn, mirror))))
         for i in range(self._rank, len(self) * self._workers, self._workers):
             yield keys[i * self._batch_size:(i + 1) * self._batch_size]
 
@@ -262,8 +283,8 @@ class ShuffledBatches(gluon.data.Sampler):
 class CentreBatches(gluon.data.Sampler):
     """Batches of keys of the centre crops of the images `indices`, in order; the last one may be smaller."""
     def __init__(self, images, batch_size, preset, size, indices):
-        top, left = ((side + 2 * preset.pad - size) // 2 for side in images.shape[:2])
-        self._keys = [(int(i), top, left, 0) for i in indices]
+        centre = () if preset.area else (*((side + 2 * preset.pad - size) // 2 for side in images.shape[:2]), 0)
+        self._keys = [(int(i), *centre) for i in indices]
         self._batch_size = batch_size
 
     def __len__(self):
@@ -281,16 +302,48 @@ class Batchify:
         self._mean, self._std = (np.float32(c).reshape(1, 3, 1, 1) for c in (preset.mean, preset.std))
 
     def __call__(self, samples):
-        pixels, label, top, left, mirror = zip(*samples)
-        pixels = np.pad(np.stack(pixels), ((0, 0), (self._pad,) * 2, (self._pad,) * 2, (0, 0)))
-        span = np.arange(self._size)
-        rows = np.array(top)[:, None] + span
-        columns = np.array(left)[:, None] + np.where(np.array(mirror)[:, None], span[::-1], span)
-        pixels = pixels[np.arange(len(samples))[:, None, None], rows[:, :, None], columns[:, None, :]]
+        pixels, label, *drawn = zip(*samples)
+        pixels = self.crop(pixels, *drawn)
         data = pixels.transpose(0, 3, 1, 2).astype(np.float32, order='C')
         data -= self._mean
         data /= self._std
         return mx.nd.array(data), mx.nd.array(label, dtype=np.float32)
+
+    def crop(self, pixels, top, left, mirror):
+        """uint8 (n, size, size, 3) of n images of one size."""
+        pixels = np.pad(np.stack(pixels), ((0, 0), (self._pad,) * 2, (self._pad,) * 2, (0, 0)))
+        span = np.arange(self._size)
+        rows = np.array(top)[:, None] + span
+        columns = np.array(left)[:, None] + np.where(np.array(mirror)[:, None], span[::-1], span)
+        return pixels[np.arange(len(pixels))[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+class BatchifyResized(Batchify):
+    """As `Batchify`, for images of any sizes: crops of a part of the area, brought to the size the network sees."""
+    def __init__(self, preset, size):
+        super().__init__(preset, size)
+        self._area = preset.area
+
+    def crop(self, pixels, *drawn):
+        """uint8 (n, size, size, 3); without draws, the middle of images of which a margin is left out."""
+        boxes = [self._box(image.shape[:2], *numbers) for image, *numbers in zip(pixels, *drawn)]
+        cut = [np.asarray(Image.fromarray(image).resize((self._size, self._size), Image.BILINEAR, box))
+               for image, box in zip(pixels, boxes)]
+        mirror = drawn[-1] if drawn else [False] * len(cut)
+        return np.stack([image[:, ::-1] if mirrored else image for image, mirrored in zip(cut, mirror)])
+
+    def _box(self, shape, *numbers):
+        """(left, top, right, bottom) of what is kept."""
+        height, width = shape
+        if not numbers:
+            side = min(shape) / MARGIN
+            return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
+        area, aspect, top, left, _ = numbers
+        area = (self._area + (1 - self._area) * area) * height * width
+        aspect = ASPECT ** (2 * aspect - 1)
+        tall, wide = min(height, math.sqrt(area / aspect)), min(width, math.sqrt(area * aspect))
+        left, top = left * (width - wide), top * (height - tall)
+        return left, top, left + wide, top + tall
 
 
 class Loaders(NamedTuple):
@@ -309,17 +362,18 @@ def make_loaders(train, val, preset, size, batch_size, seed, calibration_batches
     Worker `rank` of `workers` gets its share of the training and validation images, and all the calibration images.
     """
     for images, name in ((train, 'training'), (val, 'validation')):
-        if min(images.shape[:2]) + 2 * preset.pad < size:
+        if min(images.shape[:2]) + 2 * preset.pad < size and not preset.area:
             height, width = images.shape[:2]
             raise ValueError(f'--input-size {size} does not fit into the {name} images of {height}x{width} '
                              f'pixels. Pass --input-size {min(height, width)}, or --resize {size}.')
+        images.several_sizes = preset.area is not None
     if len(train) < batch_size * workers:
         raise ValueError(f'--batch-size {batch_size} is larger than the {len(train)} training images'
                          + (f' divided by {workers} workers' if workers > 1 else '')
                          + f'. Pass --batch-size {len(train) // workers} or less.')
     sampler = ShuffledBatches(train, batch_size, seed, preset, size, rank, workers)
     chosen = np.random.RandomState(seed).permutation(len(train))[:calibration_batches * batch_size]
-    batchify = Batchify(preset, size)
+    batchify = (BatchifyResized if preset.area else Batchify)(preset, size)
 
     def loader(images, batches, num_workers):
         # Workers inherit this: Ctrl-C is answered once, by the main process.

@@ -56,6 +56,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group('float network').add_argument
     add('--model', default='cifar_resnet20_v1', help='name in the gluoncv model zoo')
     add('--float-params', metavar='FILE', help='start from these parameters (net.save_parameters)')
+    add('--pretrained', action='store_true', help="start from gluoncv's own parameters, downloaded if need be")
+    add('--torch-params', metavar='FILE', help="start from torchvision's or timm's parameters: .safetensors, .pth")
     add('--float-epochs', type=int, help='train the float network this long; 6 for digits, else 0')
     add('--float-lr', type=float, default=0.1, help='its learning rate, which falls to 0 as a cosine')
 
@@ -66,7 +68,8 @@ def parse_args(argv=None):
     add('--activation', help='method of activations')
     add('--weight-bits', type=int, help='bits of weights, if not --bits')
     add('--activation-bits', type=int, help='bits of activations, if not --bits')
-    add('--first-last-bits', type=int, default=8, help='bits of the first and the last layer')
+    add('--first-last-bits', type=lambda text: None if text == 'float' else int(text), default=8, metavar='BITS',
+        help="bits of the first and the last layer, or 'float'")
     add('--graph', action='store_true', help='quantize the traced graph: inputs of sums, poolings and concats too')
     add('--target', choices=sorted(gq.graph.TARGETS), help='with --graph, where this engine wants quantizers')
     add('--fold', choices=['frozen', 'batch'], help='fold BatchNorm into the weights that are quantized, with running '
@@ -110,17 +113,23 @@ def parse_args(argv=None):
     if args.data_dir and args.dataset == 'digits':
         parser.error('--dataset digits comes with scikit-learn and takes no --data-dir. Leave one out.')
     args.dataset = args.dataset or ('directory' if args.data_dir else 'digits')
+    starts = [name for name in ('float_params', 'torch_params', 'pretrained') if getattr(args, name)]
+    if len(starts) > 1:
+        parser.error(f"--{starts[0].replace('_', '-')} and --{starts[1].replace('_', '-')} both say where the float "
+                     'network comes from. Leave one out.')
     if args.float_epochs is None:
-        args.float_epochs = 6 if args.dataset == 'digits' and not args.float_params else 0
-    if args.float_params and not os.path.isfile(args.float_params):
-        parser.error(f'--float-params {args.float_params}: no such file.')
+        args.float_epochs = 0 if args.dataset != 'digits' or starts else 6
+    for name in ('float_params', 'torch_params'):
+        path = getattr(args, name)
+        if path and not os.path.isfile(path):
+            parser.error(f"--{name.replace('_', '-')} {path}: no such file.")
     if args.teacher_params and args.teacher in (None, 'float'):
         parser.error('--teacher-params are those of a --teacher MODEL: pass its name, too.')
     if args.start_from and not os.path.isfile(os.path.join(args.start_from, 'quantized.params')):
         parser.error(f'--start-from {args.start_from}: there is no quantized.params. Let that run end first.')
-    if not args.float_params and not args.float_epochs:
-        parser.error('there is no float network to quantize. Pass --float-params FILE, or train one first '
-                     'with --float-epochs N.')
+    if not starts and not args.float_epochs:
+        parser.error('there is no float network to quantize. Pass --float-params FILE, --torch-params FILE or '
+                     '--pretrained, or train one first with --float-epochs N.')
     try:
         args.lr_decay_epoch = [int(epoch) for epoch in args.lr_decay_epoch.split(',') if epoch]
     except ValueError:
@@ -159,12 +168,11 @@ def read_data(args, rank=0, workers=1):
         name = 'digits' if args.dataset == 'digits' else 'cifar' if max(val.shape) <= 64 else 'imagenet'
     preset = images.PRESETS[name]
     preset = preset._replace(mean=args.mean or preset.mean, std=args.std or preset.std)
-    size = args.input_size or min(preset.input_size, *val.shape[:2])
+    size = args.input_size or (preset.input_size if preset.area else min(preset.input_size, *val.shape[:2]))
     loaders = images.make_loaders(train, val, preset, size, args.batch_size, args.seed,
                                   args.calibration_batches, args.num_workers, rank, workers)
     for part in (train, val):
-        if part.nbytes <= args.cache_mb * 1e6:
-            part.cache()
+        part.cache(args.cache_mb * 1e6)
     logging.info('%d training and %d validation images of %dx%d, %d classes; preset %s, crops of %d',
                  len(train), len(val), *val.shape[:2], classes, name, size)
     return loaders, classes
@@ -190,7 +198,19 @@ def quantize(net, loaders, args):
     return net
 
 
-def make_teacher(args, classes):
+def pretrained(net, args, classes, workers):
+    """`net` with the parameters of --torch-params, or the network of --pretrained."""
+    try:
+        if args.torch_params:
+            return gq.load_torch(args.torch_params, net, ctx=workers.contexts)
+        return get_model(args.model, classes=classes, pretrained=True, ctx=workers.contexts)
+    except Exception as error:          # whatever the file, the model zoo or the network bring up
+        where = f'--torch-params {args.torch_params}' if args.torch_params else f'--pretrained {args.model}'
+        raise SystemExit(f'{where}: {error}. Parameters from elsewhere go in by --float-params FILE (of gluoncv) or '
+                         '--torch-params FILE.') from error
+
+
+def make_teacher(args, classes, workers):
     """The network of --teacher, or None."""
     if not args.teacher:
         return None
@@ -200,7 +220,7 @@ def make_teacher(args, classes):
         net = get_model(args.model if itself else args.teacher, classes=classes, pretrained=not path)
         if path:
             net.load_parameters(path)
-        net.collect_params().reset_ctx(contexts(args))
+        net.collect_params().reset_ctx(workers.contexts)
     except Exception as error:          # whatever the model zoo, the network or the file bring up
         raise SystemExit(f'--teacher {args.teacher} cannot be had: {error}. Pass the name of a gluoncv model of '
                          f'{classes} classes, and its parameters as --teacher-params FILE.') from error
@@ -274,11 +294,13 @@ def run(args, workers):
 
     if state['stage'] == 'float':
         if state['path']:
-            net.load_parameters(os.path.join(state['path'], 'net.params'), ctx=contexts(args))
+            net.load_parameters(os.path.join(state['path'], 'net.params'), ctx=workers.contexts)
         elif args.float_params:
-            net.load_parameters(args.float_params, ctx=contexts(args))
+            net.load_parameters(args.float_params, ctx=workers.contexts)
+        elif args.torch_params or args.pretrained:
+            net = pretrained(net, args, classes, workers)
         else:
-            net.initialize(mx.init.Xavier(), ctx=contexts(args))
+            net.initialize(mx.init.Xavier(), ctx=workers.contexts)
             for data, _ in workers.share(next(iter(loaders.calibration))):
                 net(data)               # completes shapes
         hybridize(gq.fuse(net), args.mode)
@@ -297,9 +319,10 @@ def run(args, workers):
         state.update(stage='quantized', epoch=0, seconds=state['seconds'] + time.time() - start)
         save(net)
     else:
-        net = gq.load(os.path.join(state['path'], 'net.params'), net, ctx=contexts(args))
+        net = gq.load(os.path.join(state['path'], 'net.params'), net, ctx=workers.contexts)
         hybridize(net, args.mode)
-    loss_function = Loss(classes, args.label_smoothing, make_teacher(args, classes), args.temperature, args.hard_weight)
+    teacher = make_teacher(args, classes, workers)
+    loss_function = Loss(classes, args.label_smoothing, teacher, args.temperature, args.hard_weight)
     train_stage('quantized', net, loaders, loss_function, workers, args, state, save)
     if args.num_epochs:
         state['accuracy']['fine-tuned'] = state['history'][-1]['val_accuracy']

@@ -2,6 +2,7 @@
 import mxnet as mx
 import numpy as np
 import pytest
+from PIL import Image
 
 import data
 from tiny import pictures, write_folder, write_records
@@ -46,7 +47,7 @@ def test_epochs_and_seeds_differ(folder):
 def test_keeping_images_in_memory_changes_nothing(records):
     train, val, _ = data.read_directory(str(records), None)
     before = epoch_of(loaders(train, val), 0)[0]
-    np.testing.assert_array_equal(before, epoch_of(loaders(train.cache(), val), 0)[0])
+    np.testing.assert_array_equal(before, epoch_of(loaders(train.cache(1e9), val), 0)[0])
 
 
 def test_a_training_epoch_takes_each_image_at_most_once(folder):
@@ -129,8 +130,8 @@ def test_classes_of_both_folders_must_agree(folder):
 def test_images_of_two_sizes_ask_for_resize():
     items = [(np.zeros((16, 16, 3), np.uint8), 0), (np.zeros((20, 18, 3), np.uint8), 1)]
     with pytest.raises(ValueError, match=r'image 1 of mine has shape \(20, 18, 3\).*Pass --resize 16'):
-        data.Images(items, name='mine').cache()
-    assert data.Images(items, resize=16).cache().shape == (16, 16, 3)
+        data.Images(items, name='mine').cache(1e9)
+    assert data.Images(items, resize=16).cache(1e9).shape == (16, 16, 3)
 
 
 def test_a_file_that_is_no_image_is_named(folder):
@@ -171,3 +172,34 @@ def test_held_out_images_are_others_and_always_the_same():
     assert [len(part) for part in numbers] == [7, 3] and sorted(sum(numbers, [])) == list(range(10))
     again = images.split(3)[1]
     assert [int(again.read(i)[0][0, 0, 0]) for i in range(3)] == numbers[1]
+
+
+IMAGENET = data.PRESETS['imagenet']
+
+
+def test_resized_crops_cover_the_part_of_the_area_that_was_drawn_and_stay_inside():
+    made = data.BatchifyResized(IMAGENET, 8)
+    random = np.random.default_rng(0)
+    for shape in [(20, 30), (50, 10), (8, 8)]:
+        for numbers in random.uniform(size=(200, 4)):
+            left, top, right, bottom = made._box(shape, *numbers, 0)
+            assert 0 <= left < right <= shape[1] + 1e-9 and 0 <= top < bottom <= shape[0] + 1e-9
+            part = (right - left) * (bottom - top) / (shape[0] * shape[1])
+            assert part <= 0.08 + 0.92 * numbers[0] + 1e-9
+            if left > 0 and top > 0 and right < shape[1] - 1e-9 and bottom < shape[0] - 1e-9:
+                assert part == pytest.approx(0.08 + 0.92 * numbers[0])
+                assert 3 / 4 - 1e-9 <= (right - left) / (bottom - top) <= 4 / 3 + 1e-9
+
+
+def test_images_of_several_sizes_are_cropped_mirrored_and_validated_on_their_middle():
+    random = np.random.default_rng(0)
+    items = [(random.integers(0, 255, (size, size + 4, 3)).astype(np.uint8), 0) for size in (40, 64, 48, 32)]
+    found = data.make_loaders(data.Images(items), data.Images(items), IMAGENET, 16, 2, 0, 1)
+    first, second = epoch_of(found, 0), epoch_of(found, 1)
+    assert first[0].shape == (4, 3, 16, 16) and not np.array_equal(first[0], second[0])
+    np.testing.assert_array_equal(first[0], epoch_of(found, 0)[0])
+    batch = next(iter(found.val))[0].asnumpy()
+    expected = Image.fromarray(items[0][0]).resize((16, 16), Image.BILINEAR, (4.5, 2.5, 39.5, 37.5))
+    expected = (np.asarray(expected, np.float32) - IMAGENET.mean) / IMAGENET.std
+    np.testing.assert_allclose(batch[0].transpose(1, 2, 0), expected, atol=1e-5)
+    assert data.Images(items[:1]).cache(10)._pixels is None

@@ -15,6 +15,7 @@ import pytest
 from mxnet import nd
 
 import image_classification
+import torch_nets
 from tiny import write_folder
 from workers import Workers
 
@@ -42,7 +43,7 @@ def call(*args, **kwargs):
     """The same command inside this process."""
     options = image_classification.parse_args(command(*args, **kwargs)[2:])
     os.makedirs(options.save_dir, exist_ok=True)
-    image_classification.run(options, Workers())
+    image_classification.run(options, Workers(contexts=image_classification.contexts(options)))
 
 
 def results(out):
@@ -209,7 +210,8 @@ def test_images_held_out_are_validated_on_and_never_trained_on(straight, tmp_pat
 @pytest.mark.parametrize('more, message', [
     (['--start-from', 'nowhere'], 'there is no quantized.params'),
     (['--teacher-params', 'file'], 'pass its name, too'),
-    (['--hold-out', '-1'], 'below 0')])
+    (['--torch-params', 'nowhere'], 'no such file'), (['--float-params', __file__, '--pretrained'], 'Leave one out'),
+    (['--batch-size', '9', '--num-cpus', '2'], 'cannot be divided'), (['--hold-out', '-1'], 'below 0')])
 def test_options_that_make_no_sense_are_refused(folder, tmp_path, capsys, more, message):
     with pytest.raises(SystemExit):
         call(folder, tmp_path, *more)
@@ -221,3 +223,22 @@ def test_a_teacher_that_cannot_be_had_and_too_many_held_out_images_are_errors(fo
         call(folder, tmp_path, '--teacher', 'resnet0')
     with pytest.raises(SystemExit, match='Pass at most 16'):
         call(folder, tmp_path / 'other', '--hold-out', '20')
+
+
+def test_a_run_starts_from_weights_of_torch(straight, tmp_path):
+    safetensors = pytest.importorskip('safetensors.numpy')
+    made = torch_nets.Net(np.random.default_rng(0))
+    torch_nets.resnet(made, nd.zeros((2, 3, 32, 32)), (2, 2, 2, 2), bottleneck=False, classes=3)
+    safetensors.save_file(made.state, str(tmp_path / 'torch.safetensors'))
+    call(straight[0], tmp_path / 'run', **{'--torch-params': tmp_path / 'torch.safetensors', '--float-epochs': None,
+                                           '--model': 'resnet18_v1b', '--num-epochs': 0})
+    assert set(results(tmp_path / 'run')['accuracy']) == {'float', 'calibrated only'}
+    with pytest.raises(SystemExit, match='--torch-params .*: .*layer'):
+        call(straight[0], tmp_path / 'other', **{'--torch-params': tmp_path / 'torch.safetensors',
+                                                 '--float-epochs': None, '--num-epochs': 0})
+
+
+def test_two_contexts_train_one_net(straight, tmp_path):
+    call(straight[0], tmp_path, '--num-cpus', '2', **{'--num-epochs': 2})
+    rows = results(tmp_path)['history']
+    assert len(rows) == 4 and all(math.isfinite(row['loss']) for row in rows)
