@@ -74,6 +74,7 @@ def parse_args(argv=None):
     add('--target', choices=sorted(gq.graph.TARGETS), help='with --graph, where this engine wants quantizers')
     add('--fold', choices=['frozen', 'batch'], help='fold BatchNorm into the weights that are quantized, with running '
         'statistics or with those of the batch')
+    add('--observer', choices=gq.observers.available(), help='what sets the initial ranges; default: the method says')
     add('--start-from', metavar='DIR', help='--save-dir of a run at more bits, whose weights fine-tuning starts from')
     add('--calibration-batches', type=int, default=10, help='training batches that set the initial ranges')
 
@@ -193,7 +194,7 @@ def quantize(net, loaders, args):
             gq.fold(net, args.fold)
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    gq.calibrate(net, loaders.calibration, batches=args.calibration_batches)
+    gq.calibrate(net, loaders.calibration, batches=args.calibration_batches, observer=args.observer)
     hybridize(net, args.mode)
     return net
 

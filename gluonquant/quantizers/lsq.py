@@ -1,7 +1,7 @@
 """LSQ: the step size is a weight (Esser et al. 2020, arXiv:1902.08153).
 
 Differences from the paper: weights may have one step per output channel; the step is projected to >= 1e-8 instead
-of being free to change sign.
+of being free to change sign; activations may start from the step of least squared error, for short fine-tuning.
 """
 import numpy as np
 
@@ -89,23 +89,32 @@ class LSQWeight(LearnedStep, WeightQuantizer):
 class LSQActivation(LearnedStep, ActivationQuantizer):
     """`LearnedStep` on the unsigned (default) or signed full grid.
 
-    Parameters: ``scale`` (1,), learned without weight decay; starts at 2 mean|x| / sqrt(qmax) of the calibration
-    data or, outside of a net, of the first training batch.
+    Parameters
+    ----------
+    init : 'mean' (default: 2 mean|x| / sqrt(qmax)) or 'mse' (`observers.mse_range`)
+        What the step starts at: of the calibration data or, outside of a net, of the first training batch.
+
+    Learned: ``scale`` (1,), without weight decay.
     """
     fused = 'lsq'
     reads_input_again = True
 
-    def __init__(self, bits=4, signed=None, **kwargs):
+    def __init__(self, bits=4, signed=None, init='mean', **kwargs):
         signed = bool(signed)
         self.check_bits(bits)
         if signed and bits == 1:
             raise ValueError('bits=1 with signed=True leaves the codes -1 and 0: pass bits >= 2, or signed=False')
         super().__init__(bits, Grid(bits, signed), **kwargs)
         self.add_scale((1,))
+        if init not in ('mean', 'mse'):
+            raise ValueError(f"init={init!r}: pass 'mean' (as in the paper) or 'mse'")
+        self.init = init
+        if init == 'mse':
+            self.default_observer = 'mse'
 
     def initial(self, x):
         seen = self.seen(x)
-        scale = (seen.range(self.grid)[1] / self.grid.qmax if seen.chosen
+        scale = (seen.range(self.grid)[1] / self.grid.qmax if seen.chosen or self.init == 'mse'
                  else 2 * seen.mean_abs / np.sqrt(self.grid.qmax))
         return {'scale': max(scale, Q.EPS), 'initialized': 1.0}
 
