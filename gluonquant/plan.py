@@ -19,7 +19,7 @@ _PRETRAINED = {('weight', 'lsq'): {'per_channel': True},
                ('weight', 'dorefa'): {'options': {'rescale': 'max'}},
                ('weight', 'gdrq'): {'options': {'ktimes': 4.0, 'group_size': 1}},
                ('activation', 'gdrq'): {'options': {'ktimes': 12.0, 'lam': 0.01}}}
-_KTIMES = {('weight', 2): 2.5, ('weight', 3): 3.5, ('activation', 2): 8.0, ('activation', 3): 10.0}     # GDRQ's, below 4
+_KTIMES = {('weight', 2): 2.5, ('weight', 3): 3.5, ('activation', 2): 8.0, ('activation', 3): 10.0}   # GDRQ's, below 4
 _SIGNED_FALLBACK = 'int8'       # for inputs below zero, where the method is for ReLU outputs only
 
 

@@ -11,6 +11,7 @@ from mxnet.gluon import nn
 import gluonquant as gq
 from gluonquant.layers import layers, quantizers
 from gluonquant.quantizers import Quantizer
+from reference.observers import mse
 
 ROUNDING = 1e-6     # ranges are stored, and the extremes, means and percentiles taken, in float32
 hybridized_or_not = pytest.mark.parametrize('hybridized', [False, True], ids=['imperative', 'hybridized'])
@@ -91,9 +92,9 @@ def percentile(seen, signed, percent=99.9):
 
 FORMULAS = {
     'int8': lambda seen, signed: moving_average(seen),
-    'lsq': lambda seen, signed: {'scale': 2 * np.abs(flat(seen)).mean() / math.sqrt(7 if signed else 15)},
+    'lsq': lambda seen, signed: {'scale': mse(flat(seen), -8, 7) / 7 if signed else mse(flat(seen), 0, 15) / 15},
     'pact': lambda seen, signed: {'alpha': percentile(seen, signed)},
-    'gdrq': lambda seen, signed: {'threshold': 8 * np.abs(flat(seen)).mean()},
+    'gdrq': lambda seen, signed: {'threshold': 12 * np.abs(flat(seen)).mean()},
     'qil': lambda seen, signed: {name: percentile(seen, signed) * part
                                  for name, part in (('start', 1), ('center', 0.5), ('distance', 0.5))},
     'fqn': lambda seen, signed: {'lo': np.percentile(flat(seen), 0.1), 'hi': np.percentile(flat(seen), 99.9)},

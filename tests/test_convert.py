@@ -191,7 +191,14 @@ def test_options_reach_the_quantizers(net):
 
 def test_options_add_to_those_for_pretrained_nets(net):
     gq.convert(net, method='gdrq', activation_options={'lam': 0.25})
-    assert spec(net, '2', 'activation').options == {'ktimes': 8.0, 'lam': 0.25}
+    assert spec(net, '2', 'activation').options == {'ktimes': 12.0, 'lam': 0.25}
+
+
+@pytest.mark.parametrize('bits, weight, activation', [(2, 2.5, 8), (3, 3.5, 10), (4, 4, 12), (8, 4, 12)])
+def test_gdrq_starts_from_thresholds_that_suit_the_bits(net, bits, weight, activation):
+    gq.convert(net, bits, method='gdrq')
+    assert (net[2].weight_quantizer.ktimes, net[2].input_quantizer.ktimes) == (weight, activation)
+    assert net[2].weight_quantizer.group_size == 1
 
 
 def test_dorefa_weights_keep_their_size(net):
@@ -295,7 +302,7 @@ def test_rules_win_over_first_and_last(net):
 def test_options_of_a_rule_add_unless_the_method_changes(net):
     gq.convert(net, method='gdrq', rules=[{'pattern': '2', 'activation_options': {'lam': 0.5}},
                                           {'pattern': '4', 'activation': 'pact'}])
-    assert spec(net, '2', 'activation').options == {'ktimes': 8.0, 'lam': 0.5}
+    assert spec(net, '2', 'activation').options == {'ktimes': 12.0, 'lam': 0.5}
     assert spec(net, '4', 'activation').options == {}
 
 

@@ -8,7 +8,9 @@ from mxnet import autograd, nd
 from numpy.testing import assert_allclose
 
 import strategies
+from gluonquant import quantizers
 from reference import lsq, lsqplus
+from reference.observers import mse
 
 UNSIGNED, SIGNED = Case('lsq', 'activation', 4), Case('lsq', 'activation', 4, True)
 ALL = [Case('lsq', 'weight', 3), Case('lsq', 'weight', 3, per_channel=True), Case('lsq', 'weight', 3, None, True, 1),
@@ -49,6 +51,17 @@ def test_the_step_starts_at_twice_the_mean_magnitude_over_the_root_of_qmax(case)
     expected = lsq.initial(x, case.bits, case.role, bool(case.signed), per_channel=case.per_channel, axis=case.axis)
     # float64 mean of float32 numbers, stored as float32
     assert_allclose(case.ready(x).value('scale'), expected['scale'], rtol=1e-6)
+
+
+@pytest.mark.parametrize('signed', [False, True])
+def test_activations_may_start_at_the_step_of_least_squared_error(signed):
+    x = Case('lsq', 'activation', 4, signed).data(1)
+    quantizer = quantizers.create('lsq', 4, role='activation', signed=signed, init='mse')
+    quantizer.init_from(nd.array(x))
+    expected = mse(x, -8, 7) / 7 if signed else mse(x, 0, 15) / 15
+    assert_allclose(quantizer.value('scale'), expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="init='max'"):
+        quantizers.create('lsq', 4, role='activation', init='max')
 
 
 @over(ALL)
