@@ -1,6 +1,6 @@
 """How much faster two workers, or two contexts of a process, train than one: images per second, jobs in turn.
 
-    python benchmarks/workers.py --output results/workers.json
+    python benchmarks/scaling.py --output results/scaling.json
 
 Every job trains cifar_resnet20_v1 at 4 bits on scikit-learn's digits with one thread for each core: one worker, two
 workers pinned to a core each, two CPU contexts. A figure is the median over rounds of a job's last epoch.
