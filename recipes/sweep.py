@@ -1,11 +1,12 @@
 """Run every cell of a table of results, one after the other: finished ones are skipped, others continued.
 
-    python recipes/sweep.py recipes/sweeps/cifar10_resnet20.json --save-dir outputs/cifar10_resnet20 \
+    python recipes/sweep.py results/cifar10_methods/sweep.json --save-dir outputs/cifar10_methods \
         --data-dir DIR --float-params FILE [--only lsq pact]
 
-The sweep file has options for all cells, for rows (bits, epochs) and for columns (methods). Cell ROW_COLUMN starts from
-the weights of the cell of the row's "start" in the same column: fewer bits start from more. Options that this script
-does not know go to every run.
+The sweep file has options for all cells, for columns (methods), for rows (bits, epochs) and for single cells; later ones
+win, {cell} stands for the cell's name, and false takes an option back. Cell ROW_COLUMN starts from the weights of the
+cell of the row's "start" in the same column: fewer bits start from more. Options that this script does not know go to
+every run.
 """
 import argparse
 import json
@@ -21,7 +22,7 @@ HERE = Path(__file__).parent
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('sweep', help='JSON file of recipes/sweeps')
+    parser.add_argument('sweep', help='JSON file')
     parser.add_argument('--save-dir', required=True, help='folder that gets a folder for each cell')
     parser.add_argument('--only', nargs='+', metavar='NAME', help='rows, columns or cells; default: all')
     parser.add_argument('--dry-run', action='store_true', help='print the commands that remain')
@@ -59,7 +60,8 @@ def command(sweep, row, column, save_dir, more):
         merged.pop(key, None)
     words = []
     for option, value in merged.items():
-        words += [] if value is False else [option] if value is True else [option, str(value)]
+        words += [] if value is False else [option] if value is True else [
+            option, str(value).replace('{cell}', name(row, column))]
     if start:
         words += ['--start-from', os.path.join(save_dir, name(start, column))]
     return [*words, '--save-dir', os.path.join(save_dir, name(row, column)), *more]

@@ -9,11 +9,13 @@ import sweep
 import tables
 
 ROOT = Path(__file__).parents[2]
-SWEEPS = sorted([*ROOT.glob('recipes/sweeps/*.json'), *ROOT.glob('results/*/sweep.json')])
+SWEEPS = sorted(ROOT.glob('results/*/sweep.json'))
 FILE = {'title': 'Small', 'options': {'--float-params': 'f', '--batch-size': 8},
         'rows': {'w4': {'title': 'W4', '--bits': 4, 'published': {'a': 0.5, 'b': 0.1}},
                  'w2': {'title': 'W2', '--bits': 2, 'start': 'w4'}},
-        'columns': {'a': {'title': 'A', '--method': 'lsq'}, 'b': {'title': 'B', '--graph': True, 'skip': ['w2']}}}
+        'columns': {'a': {'title': 'A', '--method': 'lsq'},
+                    'b': {'title': 'B', '--graph': True, 'skip': ['w2'], '--batch-size': False}},
+        'cells': {'w4_b': {'--start-from': 'other/{cell}'}}}
 
 
 def write(folder, float_accuracy=0.9, **accuracies):
@@ -32,7 +34,8 @@ def test_a_sweep_runs_every_cell_and_starts_fewer_bits_from_more():
     assert sweep.command(FILE, 'w2', 'a', 'out', ['--seed', '1']) == [
         '--float-params', 'f', '--batch-size', '8', '--method', 'lsq', '--bits', '2', '--start-from', 'out/w4_a',
         '--save-dir', 'out/w2_a', '--seed', '1']
-    assert '--graph' in sweep.command(FILE, 'w4', 'b', 'out', [])
+    assert sweep.command(FILE, 'w4', 'b', 'out', []) == [
+        '--float-params', 'f', '--graph', '--bits', '4', '--start-from', 'other/w4_b', '--save-dir', 'out/w4_b']
 
 
 def test_a_row_that_starts_from_a_later_one_is_refused(tmp_path):
