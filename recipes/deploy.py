@@ -18,6 +18,7 @@ from gluoncv.model_zoo import get_model
 
 import gluonquant as gq
 import image_classification
+import options as recipe_options
 import report
 from loop import Loss, evaluate, hybridize, make_schedule, seed_everything, train_epoch
 from workers import Workers
@@ -48,7 +49,7 @@ def parse_args(argv=None):
 def load_run(folder, data_dir):
     """(options of the run, loaders, the quantized net)."""
     with open(os.path.join(folder, 'results.json')) as file:
-        options = argparse.Namespace(**{**vars(image_classification.parse_args(['--float-epochs', '1'])),
+        options = argparse.Namespace(**{**vars(recipe_options.parse_args(['--float-epochs', '1'])),
                                         **json.load(file)['options']})
     if data_dir:
         options.data_dir = data_dir

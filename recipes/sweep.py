@@ -3,8 +3,8 @@
     python recipes/sweep.py results/cifar10_methods/sweep.json --save-dir outputs/cifar10_methods \
         --data-dir DIR --float-params FILE [--only lsq pact]
 
-The sweep file has options for all cells, for columns (methods), for rows (bits, epochs) and for single cells; later ones
-win, {cell} stands for the cell's name, and false takes an option back. Cell ROW_COLUMN starts from the weights of the
+The sweep file has options for all cells, for columns (methods), rows (bits, epochs) and single cells; later ones win,
+{cell} stands for the cell's name, and false takes an option back. Cell ROW_COLUMN starts from the weights of the
 cell of the row's "start" in the same column: fewer bits start from more. Options that this script does not know go to
 every run.
 """

@@ -8,6 +8,7 @@ from mxnet import nd
 import deploy
 import gluonquant as gq
 import image_classification
+from options import parse_args
 from workers import Workers
 
 
@@ -19,7 +20,7 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp('run')
     options = ['--data-dir', images, '--save-dir', out, '--float-epochs', 1, '--num-epochs', 1, '--batch-size', 8,
                '--calibration-batches', 1, '--graph', '--target', 'onnxruntime', '--input-size', 16]
-    image_classification.run(image_classification.parse_args([str(option) for option in options]), Workers())
+    image_classification.run(parse_args([str(option) for option in options]), Workers())
     return out
 
 

@@ -16,6 +16,7 @@ from mxnet import nd
 
 import image_classification
 import torch_nets
+from options import contexts, parse_args
 from tiny import write_folder
 from workers import Workers
 
@@ -41,9 +42,9 @@ def execute(*args, **kwargs):
 
 def call(*args, **kwargs):
     """The same command inside this process."""
-    options = image_classification.parse_args(command(*args, **kwargs)[2:])
+    options = parse_args(command(*args, **kwargs)[2:])
     os.makedirs(options.save_dir, exist_ok=True)
-    image_classification.run(options, Workers(contexts=image_classification.contexts(options)))
+    image_classification.run(options, Workers(contexts=contexts(options)))
 
 
 def results(out):

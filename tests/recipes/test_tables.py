@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-import image_classification
 import sweep
 import tables
+from options import parse_args
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = sorted(ROOT.glob('results/*/sweep.json'))
@@ -51,7 +51,7 @@ def test_every_option_of_a_sweep_is_one_of_the_recipe(path, tmp_path):
     for row, column in sweep.cells(found):
         words = sweep.command(found, row, column, 'out', ['--data-dir', 'DATA'])
         start = words.index('--start-from') if '--start-from' in words else None
-        image_classification.parse_args([*words[:start], *(words[start + 2:] if start is not None else []),
+        parse_args([*words[:start], *(words[start + 2:] if start is not None else []),
                                          '--float-epochs', '1'])
 
 
