@@ -5,8 +5,8 @@
 
 The sweep file has options for all cells, for columns (methods), rows (bits, epochs) and single cells; later ones win,
 {cell} stands for the cell's name, and false takes an option back. Cell ROW_COLUMN starts from the weights of the
-cell of the row's "start" in the same column: fewer bits start from more. Options that this script does not know go to
-every run.
+cell of the row's "start" in the same column: fewer bits start from more. Rows with "from" show cells of another sweep.
+Options that this script does not know go to every run.
 """
 import argparse
 import json
@@ -43,7 +43,7 @@ def read(path):
 def cells(sweep):
     """[(row, column)] in the order in which they run."""
     return [(row, column) for column, options in sweep['columns'].items()
-            for row in sweep['rows'] if row not in options.get('skip', ())]
+            for row in sweep['rows'] if row not in options.get('skip', ()) and 'from' not in sweep['rows'][row]]
 
 
 def name(row, column):

@@ -9,10 +9,12 @@ sweep.json (see sweep.py), and after a space what to show: accuracy (default), g
 """
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
@@ -32,11 +34,16 @@ class Results:
         self.folder = Path(folder)
         self.sweep = sweep.read(self.folder / 'sweep.json')
         self.cells = {}
-        for row, column in sweep.cells(self.sweep):
-            path = self.folder / sweep.name(row, column) / 'results.json'
+        for row, column in itertools.product(self.sweep['rows'], self.sweep['columns']):
+            path = self.place(row, column) / 'results.json'
             if path.exists():
                 with open(path) as file:
                     self.cells[row, column] = json.load(file)
+
+    def place(self, row, column):
+        """The folder of a cell, which may be one of another sweep."""
+        source = self.sweep['rows'][row].get('from')
+        return self.folder / (sweep.name(row, column) if source is None else sweep.name(source, column))
 
     @property
     def float_accuracy(self):
@@ -75,12 +82,19 @@ def rows_of(what, results, page):
                 here = cell['options']['num_epochs']
                 line.append(str(here) if here == cell['epochs'] else f"{here} ({cell['epochs']})")
             else:
-                log = os.path.relpath(results.folder / sweep.name(row, column) / 'train.log', (ROOT / page).parent)
+                log = os.path.relpath(results.place(row, column) / 'train.log', (ROOT / page).parent)
                 text = (f'{results.accuracy(row, column):.2f}' if what == 'accuracy' else
                         _against(results.gap(row, column), options.get('published', {}).get(column)))
                 line.append(f'[{text}]({log})')
         lines.append(line)
+    if what == 'accuracy' and results.sweep.get('spread'):
+        lines.append(['mean, standard deviation', *(_spread(results, column) for column in columns)])
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n'
+
+
+def _spread(results, column):
+    values = [results.accuracy(row, column) for row in results.sweep['rows'] if (row, column) in results.cells]
+    return f'{statistics.mean(values):.2f}, {statistics.stdev(values):.2f}' if len(values) > 1 else ''
 
 
 def _against(gap, published):

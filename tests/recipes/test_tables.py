@@ -73,6 +73,17 @@ def test_the_page_says_what_the_runs_say(tmp_path, monkeypatch):
     assert tables.disagreements() == ['README.md', 'results/README.md', 'results/small/gaps.png']
 
 
+def test_seeds_have_a_mean_and_a_spread_and_may_stand_in_another_folder(tmp_path):
+    write(tmp_path / 'main', w4_a=0.896)
+    folder = write(tmp_path / 'seeds', one_a=0.898)
+    (folder / 'sweep.json').write_text(json.dumps({**FILE, 'spread': True, 'cells': {}, 'rows': {
+        'zero': {'title': 'seed 0', 'from': '../main/w4'}, 'one': {'title': 'seed 1', '--seed': 1}}}))
+    results = tables.Results(folder)
+    assert sweep.cells(results.sweep) == [('one', 'a'), ('one', 'b')]
+    text = tables.rows_of('accuracy', results, 'README.md')
+    assert 'main/w4_a/train.log' in text and text.endswith('| mean, standard deviation | 89.70, 0.14 |\n')
+
+
 def test_a_gap_that_is_not_reached_says_so_and_other_float_nets_are_an_error(tmp_path):
     assert tables._against(0.61, 0.6) == '0.61 (not 0.6)' and tables._against(0.6, 0.6) == '0.60 (0.6)'
     folder = write(tmp_path / 'small', w4_a=0.896)
