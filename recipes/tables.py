@@ -173,7 +173,8 @@ def collect(source, target):
         folder = Path(target) / path.parent.name
         folder.mkdir(parents=True, exist_ok=True)
         for name in COPIED:
-            shutil.copy(path.parent / name, folder / name)
+            if (path.parent / name).exists():
+                shutil.copy(path.parent / name, folder / name)
 
 
 def disagreements():
