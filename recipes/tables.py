@@ -147,6 +147,7 @@ def draw(results):
         axes.bar([i + (place - (len(shown) - 1) / 2) * width for i, _ in cells], [gap for _, gap in cells], width,
                  label=columns[column]['title'])
     axes.set_xticks(range(len(rows)), [options['title'] for options in rows.values()])
+    axes.set_xlim(-0.5, len(rows) - 0.5)
     axes.set_yscale('symlog', linthresh=1)
     axes.set_yticks([-0.5, 0, 0.5, 1, 2, 5, 10, 20, 50], ['-0.5', '0', '0.5', '1', '2', '5', '10', '20', '50'])
     axes.axhline(0, color='black', linewidth=0.8)
