@@ -260,7 +260,7 @@ def test_phases_switch_between_clipping_and_quantizing(seed, hybridized):
 
 
 def test_the_clipping_phase_clips_weights_at_a_multiple_of_their_mean(seed):
-    net = gq.set_phase(quantized('gdrq', weight_options={'ktimes': 1.5}), False)
+    net = gq.set_phase(quantized('gdrq', weight_options={'ktimes': 1.5, 'group_size': -1}), False)
     weight = net[2].weight.data()
     reach = 1.5 * np.abs(weight.asnumpy()).mean()
     assert reach < np.abs(weight.asnumpy()).max()
