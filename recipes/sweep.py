@@ -5,8 +5,8 @@
 
 The sweep file has options for all cells, for columns (methods), rows (bits, epochs) and single cells; later ones win,
 {cell} stands for the cell's name, and false takes an option back. Cell ROW_COLUMN starts from the weights of the
-cell of the row's "start" in the same column: fewer bits start from more. Rows with "from" show cells of another sweep.
-Options that this script does not know go to every run.
+cell of the row's "start" in the same column: fewer bits start from more. Rows with "from" show cells of another sweep;
+"hidden" ones are stages on the way, which no table shows. Options that this script does not know go to every run.
 """
 import argparse
 import json
@@ -56,7 +56,7 @@ def command(sweep, row, column, save_dir, more):
     merged = {**sweep['options'], **sweep['columns'][column], **sweep['rows'][row],
               **sweep.get('cells', {}).get(name(row, column), {})}
     start = merged.pop('start', None)
-    for key in ('title', 'skip', 'published'):
+    for key in ('title', 'skip', 'published', 'hidden'):
         merged.pop(key, None)
     words = []
     for option, value in merged.items():

@@ -33,8 +33,9 @@ class Results:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.sweep = sweep.read(self.folder / 'sweep.json')
+        self.rows = {row: options for row, options in self.sweep['rows'].items() if not options.get('hidden')}
         self.cells = {}
-        for row, column in itertools.product(self.sweep['rows'], self.sweep['columns']):
+        for row, column in itertools.product(self.rows, self.sweep['columns']):
             path = self.place(row, column) / 'results.json'
             if path.exists():
                 with open(path) as file:
@@ -66,7 +67,7 @@ class Results:
 
 def rows_of(what, results, page):
     """The lines of one table."""
-    rows, columns = results.sweep['rows'], results.sweep['columns']
+    rows, columns = results.rows, results.sweep['columns']
     columns = {name: options for name, options in columns.items() if any((row, name) in results.cells for row in rows)}
     first = 'top-1, %' if what == 'accuracy' else {'gaps': 'points below float', 'epochs': 'epochs'}[what]
     lines = [[first, *(options['title'] for options in columns.values())], ['---'] * (1 + len(columns))]
@@ -93,7 +94,7 @@ def rows_of(what, results, page):
 
 
 def _spread(results, column):
-    values = [results.accuracy(row, column) for row in results.sweep['rows'] if (row, column) in results.cells]
+    values = [results.accuracy(row, column) for row in results.rows if (row, column) in results.cells]
     return f'{statistics.mean(values):.2f}, {statistics.stdev(values):.2f}' if len(values) > 1 else ''
 
 
@@ -138,7 +139,7 @@ def draw(results):
     """Gaps to float by method, a group of bars for each row of the table."""
     import report  # for matplotlib without a display
     plt = report.plt
-    rows, columns = results.sweep['rows'], results.sweep['columns']
+    rows, columns = results.rows, results.sweep['columns']
     shown = [column for column in columns if any((row, column) in results.cells for row in rows)]
     figure, axes = plt.subplots(figsize=(10, 4.5), constrained_layout=True)
     width = 0.8 / max(len(shown), 1)
