@@ -37,7 +37,7 @@ def save(net, path):
     for name, parameter in net._collect_params_with_prefix().items():
         if parameter._data is None and not hasattr(parameter, 'prepare'):
             raise ValueError(f'Parameter {name!r} has no value yet: run one batch through the net before saving')
-        arrays[name] = parameter._reduce().asnumpy()
+        arrays[name] = parameter.list_data()[0].asnumpy()
     plan = {'version': PLAN_VERSION, **(net.describe() if isinstance(net, GraphNet) else _describe(net))}
     text = json.dumps(plan, default=_plain)
     with replacing(path) as file:
@@ -93,8 +93,12 @@ def load_weights(path, net, ctx=None):
         raise ValueError(f'{path}: the net must be float, but it has {next(iter(quantizers(net)))!r}. Use gq.load')
     _, arrays = _read(path)
     expected = net._collect_params_with_prefix()
-    _check_parameters(path, net, {name: array for name, array in arrays.items() if name in expected})
-    _place(net, arrays, ctx)
+    names = {parameter: name for name, parameter in expected.items() if name in arrays}
+    # The file of an attached net names a Parameter that several layers share once.
+    found = {name: arrays[names.get(parameter, name)] for name, parameter in expected.items()
+             if names.get(parameter, name) in arrays}
+    _check_parameters(path, net, found)
+    _place(net, found, ctx)
     return net
 
 

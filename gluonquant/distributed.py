@@ -4,6 +4,7 @@ from mxnet import nd
 from mxnet.kvstore import KVStoreBase
 
 _FIRST_KEY = 2 ** 30        # a Trainer numbers its Parameters from 0
+_HERE = ('local', 'device', 'nccl')     # kinds of stores for the contexts of one process
 _MERGES = {'mean': np.mean, 'max': np.max, 'min': np.min}
 
 
@@ -29,12 +30,25 @@ class StateSync:
     Parameters
     ----------
     kvstore : KVStore, optional
-        One StateSync for each. None: a single context. One that is not distributed: contexts of this process only.
+        One StateSync for each. None: a single context. 'local', 'device' and 'nccl': contexts of this process only.
+
+    Raises
+    ------
+    TypeError
+        ``kvstore`` is no KVStore: a name has to go through `mxnet.kv.create`.
+    ValueError
+        Its type adds up in another way than the above or 'dist_sync', 'dist_device_sync'.
     """
 
     def __init__(self, kvstore=None):
+        if not (kvstore is None or isinstance(kvstore, KVStoreBase)):
+            raise TypeError(f'kvstore={kvstore!r} is no KVStore: pass mx.kv.create({str(kvstore)!r})')
+        kind = kvstore.type if kvstore is not None else 'local'
+        if kind not in _HERE and not ('dist' in kind and 'sync' in kind and 'async' not in kind):
+            raise ValueError(f'a KVStore of type {kind!r} cannot share state: use {", ".join(_HERE)}, dist_sync or '
+                             'dist_device_sync')
         self._given = kvstore
-        self._store = kvstore if kvstore is not None and 'dist' in kvstore.type else None
+        self._store = None if kind in _HERE else kvstore
         self._keys = {}         # shape -> key of the store
         self._trained = 0       # keys that Trainers have
 
@@ -79,7 +93,10 @@ class StateSync:
     def broadcast(self, net):
         """Give every Parameter of ``net`` the value it has on the first context of worker 0."""
         found = _parameters(net)
-        row = self.gather(_rows(found))[0]
+        nd.waitall()
+        row = np.concatenate([parameter.list_data()[0].asnumpy().ravel() for parameter in found])
+        if self._store is not None:     # which adds up: the others have nothing to add
+            row = self._summed(row if self.rank == 0 else np.zeros_like(row))
         for parameter in found:     # new arrays: inference leaves weights in a layout that a store cannot send
             parameter.reset_ctx(parameter.list_ctx())
         _write(found, np.split(row, np.cumsum([_size(parameter) for parameter in found])[:-1]))
@@ -94,14 +111,18 @@ class StateSync:
         rows = np.asarray(rows, dtype='float32')
         # A store of this kind adds up what workers push: each one fills in its own rows.
         everything = np.zeros((self.workers,) + rows.shape, 'float32')
-        if rows.shape not in self._keys:
-            self._keys[rows.shape] = _FIRST_KEY + len(self._keys)
-            self._store.init(self._keys[rows.shape], nd.array(everything))
         everything[self.rank] = rows
-        shared = nd.array(everything)
-        self._store.push(self._keys[rows.shape], shared)
-        self._store.pull(self._keys[rows.shape], out=shared)
-        return shared.asnumpy().reshape(-1, *rows.shape[1:]).astype('float64')
+        return self._summed(everything).reshape(-1, *rows.shape[1:]).astype('float64')
+
+    def _summed(self, array):
+        """The sum of the workers' arrays, float32 of one shape."""
+        if array.shape not in self._keys:
+            self._keys[array.shape] = _FIRST_KEY + len(self._keys)
+            self._store.init(self._keys[array.shape], nd.zeros(array.shape))
+        shared = nd.array(array, dtype='float32')
+        self._store.push(self._keys[array.shape], shared)
+        self._store.pull(self._keys[array.shape], out=shared)
+        return shared.asnumpy()
 
 
 class _TrainerStore(KVStoreBase):

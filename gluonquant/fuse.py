@@ -201,7 +201,8 @@ def fuse(net):
     """Let a float ``net`` train on the cheaper graph that `convert` gives a quantized one; returns net.
 
     Global average pooling becomes a mean when the net is hybridized, which alone makes a step of a ResNet-20 1.6 times
-    faster; values differ by rounding. Converting, attaching, saving and loading the net work as before.
+    faster; values differ by rounding (MXNet sums a float16 mean in float16). Converting, attaching, saving and loading
+    the net work as before. A SymbolBlock, whose graph exists already, stays as it is.
 
     Raises
     ------

@@ -21,6 +21,7 @@ import shlex
 import shutil
 import sys
 import time
+from functools import partial
 
 import mxnet as mx
 from gluoncv.model_zoo import get_model
@@ -113,6 +114,13 @@ def make_teacher(args, classes, workers):
     return net
 
 
+def save_float(net, path):
+    """As net.save_parameters, which with several contexts saves a rounded mean of equal values."""
+    mx.nd.waitall()
+    mx.nd.save(path, {name: parameter.list_data()[0].copyto(mx.cpu())
+                      for name, parameter in net._collect_params_with_prefix().items()})
+
+
 def start_or_resume(args, folder, workers):
     """The state to continue from: that of the newest checkpoint, or that of a new run."""
     options = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
@@ -121,6 +129,10 @@ def start_or_resume(args, folder, workers):
         raise SystemExit(f'the workers find different checkpoints in {args.save_dir}. Pass a --save-dir that all of '
                          'them share.')
     if args.resume and state:
+        count = state['workers']
+        if count != workers.count:
+            raise SystemExit(f'the run in {args.save_dir} was started with {count} workers, on which batches and '
+                             f'schedule depend. Continue it with as many: recipes/launch.py -n {count}.')
         changed = {name for name in options if options[name] != state['options'].get(name)}
         if changed:
             name = min(changed)
@@ -142,7 +154,7 @@ def start_or_resume(args, folder, workers):
         shutil.rmtree(folder, ignore_errors=True)
         os.makedirs(folder)
     return {'stage': 'float', 'epoch': 0, 'step': 0, 'history': [], 'accuracy': {}, 'seconds': 0.0,
-            'finished': False, 'options': options, 'threads': report.threads(), 'path': None}
+            'finished': False, 'options': options, 'threads': report.threads(), 'workers': workers.count, 'path': None}
 
 
 def run(args, workers):
@@ -170,7 +182,7 @@ def run(args, workers):
         if not workers.first:
             return
         quantized = state['stage'] == 'quantized'
-        writers = {'net.params': (lambda path: gq.save(net, path)) if quantized else net.save_parameters}
+        writers = {'net.params': partial(gq.save if quantized else save_float, net)}
         if trainer:
             writers['trainer.states'] = trainer.save_states
         checkpoint.write(folder, state['stage'], state['epoch'], state, writers)
@@ -193,7 +205,7 @@ def run(args, workers):
         start = time.time()
         state['accuracy']['float'] = evaluate(net, loaders.val, workers)
         if workers.first:
-            net.save_parameters(os.path.join(args.save_dir, 'float.params'))
+            save_float(net, os.path.join(args.save_dir, 'float.params'))
         if args.start_from:
             gq.load_weights(os.path.join(args.start_from, 'quantized.params'), net)
             with open(os.path.join(args.start_from, 'results.json')) as file:
@@ -228,7 +240,8 @@ def finish(net, args, state):
     title = f'{args.model}, {args.bits} bits, {data}'
     report.write_json(os.path.join(args.save_dir, 'results.json'), {
         'command': shlex.join(['python', *sys.argv]), 'versions': report.versions(),
-        'threads': state['threads'], 'seed': args.seed, 'wall_seconds': round(state['seconds'], 1),
+        'threads': state['threads'], 'workers': state['workers'], 'seed': args.seed,
+        'wall_seconds': round(state['seconds'], 1),
         'epochs': args.num_epochs + state.get('epochs_before', 0), 'accuracy': state['accuracy'], 'bytes': sizes,
         'options': state['options'], 'history': state['history']})
     report.plot(os.path.join(args.save_dir, 'curves.png'), state['history'], state['accuracy'], title)
@@ -247,13 +260,13 @@ def main():
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s', datefmt='%H:%M:%S', handlers=[
         console, logging.FileHandler(os.path.join(args.save_dir, args.logging_file))])
     kept = [word for word in sys.argv if word not in ('--resume', '--overwrite')]
-    again = shlex.join([sys.executable, *kept, '--resume'])
+    again = f'with\n  {shlex.join([sys.executable, *kept, "--resume"])}' if not MEMBER else 'all workers with --resume'
     try:
         run(args, workers)
     except KeyboardInterrupt:
-        print(f'\nStopped. Only the epoch under way is lost; continue with\n  {again}', file=sys.stderr)
+        print(f'\nStopped. Only the epoch under way is lost; continue {again}', file=sys.stderr)
         sys.exit(130)               # as shells report an interrupt
 
 
 if __name__ == '__main__':
-    main()
+    cluster.run(main)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 
-GRACE = 30          # seconds that the others get after one has failed
+GRACE = 20          # seconds that the others get after one has failed
 
 
 def parse_args(argv=None):
@@ -62,15 +62,20 @@ def start(args):
     return processes
 
 
-def wait(processes):
-    """The exit status: 0 if all ended well, else that of the first which did not. Ends those that hang after it."""
+def wait(processes, interrupts):
+    """The exit status: 0 if all ended well, else that of the first which did not.
+
+    Those that still run GRACE after that, or after the first of the `interrupts` (times), or at the second, are killed.
+    """
     status, deadline = 0, None
     while any(process.poll() is None for process in processes.values()):
         for name, process in processes.items():
             if process.poll() and not status:
                 status, deadline = process.poll(), time.time() + GRACE
                 print(f'launch: {name} (process {process.pid}) ended with status {status}', file=sys.stderr)
-        if deadline and time.time() > deadline:
+        if interrupts:
+            deadline = interrupts[0] + GRACE if len(interrupts) == 1 else 0
+        if deadline is not None and time.time() > deadline:
             for process in processes.values():
                 process.kill()
         time.sleep(0.05)
@@ -79,9 +84,10 @@ def wait(processes):
 
 def main():
     processes = start(parse_args())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the others get it, too, and end by themselves
+    interrupts = []                                     # Ctrl-C reaches the workers, too, and ends them
+    signal.signal(signal.SIGINT, lambda *_: interrupts.append(time.time()))
     signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes.values()])
-    status = wait(processes)
+    status = wait(processes, interrupts)
     sys.exit(status if status >= 0 else 128 - status)
 
 

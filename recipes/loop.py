@@ -37,7 +37,7 @@ def make_schedule(mode, lr, updates_per_epoch, epochs, decay, decay_epochs, warm
     """
     if warmup_epochs:
         schedule = make_schedule(mode, lr, updates_per_epoch, epochs, decay, decay_epochs)
-        return Warmup(schedule, round(warmup_epochs * updates_per_epoch))
+        return Warmup(schedule, max(1, round(warmup_epochs * updates_per_epoch)))
     total = updates_per_epoch * epochs
     if mode == 'sine':
         return gq.training.SineSchedule(lr, total)
@@ -123,7 +123,7 @@ def evaluate(net, batches, workers, title='validating'):
     size = None
     for data, label in tqdm(batches, desc=title, unit='batch', disable=None if workers.first else True, leave=False):
         count += len(label)
-        size = size or len(data)
+        size = size or max(len(data), len(workers.contexts))
         missing = size - len(data)
         if missing:     # static_shape plans memory for one batch size: fill up with images of no class
             data = mx.nd.concat(data, data[:1].repeat(missing, axis=0), dim=0)

@@ -74,7 +74,8 @@ def parse_args(argv=None):
     add('--seed', type=int, default=0)
     add('--num-gpus', type=int, default=0, help='train on this many GPUs, each with its part of every batch')
     add('--num-cpus', type=int, default=1, help='without GPUs: on this many CPU contexts')
-    add('--kvstore', default='device', help='how gradients are added up; dist_sync: over the workers of a job, see '
+    add('--kvstore', default='device', choices=['local', 'device', 'dist_sync', 'dist_device_sync'],
+        help='how gradients are added up; dist_sync: over the workers of a job, see '
         'recipes/launch.py, each with batches of --batch-size')
     add('--save-dir', default=os.path.join('outputs', 'image_classification'), help='folder for all results')
     add('--resume', action='store_true', help='continue the run in --save-dir')

@@ -50,14 +50,16 @@ class Results:
     def float_accuracy(self):
         """Top-1 in 0..1; ValueError if the cells started from different float nets."""
         found = {cell['accuracy']['float'] for cell in self.cells.values()}
+        if not found:
+            raise ValueError(f'{self.folder}: no run has finished yet. Run sweep.py, then tables.py --collect')
         if len(found) != 1:
             raise ValueError(f'{self.folder}: the runs start from float nets of {sorted(found)}')
         return found.pop()
 
     def accuracy(self, row, column):
-        """Top-1 in percent after the last epoch, or None."""
+        """Top-1 in percent after the last epoch (without any: calibrated only), or None."""
         cell = self.cells.get((row, column))
-        return cell and 100 * cell['accuracy']['fine-tuned']
+        return cell and 100 * list(cell['accuracy'].values())[-1]
 
     def gap(self, row, column):
         """Float minus quantized in points, or None; rounded, so that it is what the table's accuracies give."""

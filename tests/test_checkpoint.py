@@ -335,6 +335,21 @@ def test_the_weights_alone_go_into_a_float_net_to_be_quantized_otherwise(seed, p
         gq.load_weights(path, made)
 
 
+def test_weights_that_layers_share_come_from_the_file_of_an_attached_net(seed, path):
+    def shared():
+        net = nn.HybridSequential()
+        first = nn.Dense(6, in_units=6)
+        net.add(first, nn.Activation('relu'), nn.Dense(6, in_units=6, params=first.params))
+        net.initialize(init.Xavier())
+        return net
+    net = shared()
+    attached = gq.attach(net, 4)
+    gq.calibrate(attached, [nd.ones((2, 6))])
+    gq.save(attached, path)
+    made = gq.load_weights(path, shared())
+    np.testing.assert_array_equal(made[2].weight.data().asnumpy(), net[0].weight.data().asnumpy())
+
+
 def test_weights_that_the_file_lacks_are_named_and_the_net_stays(seed, path):
     gq.save(trained('lsq')[0], path)
     other = nn.HybridSequential(prefix='other_')

@@ -9,6 +9,7 @@ import gluonquant as gq
 from gluonquant.layers import layers
 
 TWO = [mx.cpu(0), mx.cpu(1)]
+OTHERS = [mx.cpu(1), mx.cpu(2)]         # as GPUs are: not where arrays go by default
 # activation method -> weight method
 METHODS = {'lsq': 'lsq', 'pact': 'sawb', 'qil': 'qil', 'int8': 'int8', 'affine': 'affine', 'gdrq': 'gdrq'}
 
@@ -65,11 +66,11 @@ def values(net, context):
     return {name: parameter.data(context).asnumpy() for name, parameter in net._collect_params_with_prefix().items()}
 
 
-def differences(method, steps, averages):
+def differences(method, steps, averages, contexts=TWO):
     """Largest difference of two contexts from one, by Parameter, and how far that Parameter has moved."""
     data = batches(steps)
-    one, two = (train(method, ctx, data, averages=averages) for ctx in (TWO[:1], TWO))
-    expected, found = values(one, TWO[0]), [values(two, context) for context in TWO]
+    one, two = (train(method, ctx, data, averages=averages) for ctx in (TWO[:1], contexts))
+    expected, found = values(one, TWO[0]), [values(two, context) for context in contexts]
     start = values(prepared(method, TWO[:1], data, averages), TWO[0])
     for name in expected:
         np.testing.assert_array_equal(found[0][name], found[1][name], err_msg=name)
@@ -77,9 +78,10 @@ def differences(method, steps, averages):
             for name, value in expected.items()}
 
 
-@pytest.mark.parametrize('method', METHODS)
-def test_two_contexts_follow_one_with_the_joint_batch_to_rounding(method):
-    found = differences(method, 20, averages=False)
+@pytest.mark.parametrize('method, contexts', [*((method, TWO) for method in METHODS),
+                                              ('lsq', OTHERS), ('gdrq', OTHERS)])
+def test_two_contexts_follow_one_with_the_joint_batch_to_rounding(method, contexts):
+    found = differences(method, 20, averages=False, contexts=contexts)
     assert max(moved for _, moved in found.values()) > 0.01
     for name, (difference, _) in found.items():
         assert difference < 2e-6, name
@@ -143,6 +145,39 @@ def test_one_worker_has_nothing_to_merge():
     assert sync.rank == 0 and sync.workers == 1 and sync.gather(np.ones((1, 2))).tolist() == [[1, 1]]
     for name, value in values(net, TWO[0]).items():
         np.testing.assert_array_equal(value, before[name])
+
+
+@pytest.mark.parametrize('way', ['convert', 'attach'])
+def test_a_net_that_is_not_on_the_current_context_is_calibrated_folded_and_watched(way):
+    net = build(OTHERS)
+    net = gq.convert(net, 4) if way == 'convert' else gq.attach(net, 4)
+    gq.fold(net, 'frozen')
+    gq.calibrate(net, [nd.array(batches(1)[0][0])])
+    assert gq.ranges(net).keys() == gq.clipped(net, [nd.array(batches(1)[0][0])]).keys()
+
+
+def test_equal_values_of_three_contexts_are_saved_to_the_bit(tmp_path):
+    contexts = [mx.cpu(i) for i in range(3)]
+    net = gq.convert(build(contexts), 4)
+    gq.calibrate(net, [nd.array(batches(1)[0][0])])
+    gq.save(net, tmp_path / 'net.npz')
+    expected, found = values(net, contexts[1]), values(gq.load(tmp_path / 'net.npz', build(contexts[:1])), contexts[0])
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_the_name_of_a_store_is_no_store():
+    with pytest.raises(TypeError, match=r"pass mx.kv.create\('dist_sync'\)"):
+        gq.StateSync('dist_sync')
+
+
+@pytest.mark.parametrize('kind', ['dist_async', 'horovod'])
+def test_a_store_that_cannot_share_state_is_refused(kind):
+    class Store(mx.kvstore.KVStoreBase):
+        type = kind
+
+    with pytest.raises(ValueError, match=f"type '{kind}' cannot share state"):
+        gq.StateSync(Store())
 
 
 def test_a_net_without_values_is_refused():

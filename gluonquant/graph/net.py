@@ -165,7 +165,7 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
             quantizer.bind(parameter, partial(self.compute, node.inputs[0]))
 
     def _folded_weight(self, node):
-        values = [self.parameter(entry.node.name).data() for entry in [node.inputs[1], *node.inputs[-4:]]]
+        values = [self.parameter(entry.node.name).list_data()[0] for entry in [node.inputs[1], *node.inputs[-4:]]]
         op, attrs, settings = parts(node)
         with mx.autograd.pause():
             return folded_weight(mx.nd, Layer.of(op, attrs), settings, *values[:2], values[-1], self._dtype_of(node))
@@ -194,7 +194,7 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
     def compute(self, entry):
         """The array of a tensor that depends on Parameters only."""
         nodes = ancestors([entry])
-        values = {node.name: self.parameter(node.name).data() for node in nodes if node.op == VARIABLE}
+        values = {node.name: self.parameter(node.name).list_data()[0] for node in nodes if node.op == VARIABLE}
         with mx.autograd.pause():
             return evaluate(mx.nd, nodes, values, self._run)[entry.node][entry.index]
 

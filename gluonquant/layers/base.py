@@ -158,8 +158,8 @@ class QuantizedLayer:
     def folded_weight(self):
         """k w, an array."""
         norm = self._norm
-        return folded_weight(nd, self.geometry, Settings.of(norm._kwargs), self.weight.data(), norm.gamma.data(),
-                             norm.running_var.data(), self.dtype)
+        weight, gamma, var = (parameter.list_data()[0] for parameter in (self.weight, norm.gamma, norm.running_var))
+        return folded_weight(nd, self.geometry, Settings.of(norm._kwargs), weight, gamma, var, self.dtype)
 
     @classmethod
     def per_channel_supported(cls, layer):

@@ -277,7 +277,7 @@ class Quantizer(Fusable, HybridBlock):
         if self.bound is None or self.bound._data is None:
             return None
         read = self._bound[1]
-        return self.bound.data() if read is None else read()
+        return self.bound.list_data()[0] if read is None else read()
 
     def renew(self):
         """Set the ranges anew from the bound weight, if they had been set: what stands in front of it has changed."""

@@ -2,10 +2,15 @@
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import textwrap
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +101,72 @@ def test_a_killed_worker_ends_the_job_with_a_clear_error_and_it_resumes_to_the_s
     first, second = (np.load(folder / 'quantized.params') for folder in (tmp_path, expected))
     for name in first.files:
         assert first[name].tobytes() == second[name].tobytes(), name
+
+
+def test_a_worker_that_fails_ends_the_job(straight, tmp_path):
+    script = tmp_path / 'fails.py'
+    script.write_text(textwrap.dedent(f"""
+        import sys
+        sys.path[:0] = [{str(ROOT / 'recipes')!r}, {str(ROOT)!r}]
+        import cluster
+        member = cluster.join()
+        from workers import Workers
+
+        def main():
+            workers = Workers('dist_sync', member=member)
+            workers.total(1)
+            if workers.rank == 1:
+                raise ValueError('image 7 cannot be decoded')
+            workers.total(1)
+        cluster.run(main)
+    """))
+    job = start([*JOB, sys.executable, script])
+    text = job.communicate(timeout=60)[0]
+    assert job.returncode not in (0, None) and 'image 7 cannot be decoded' in text and 'lost worker 1' in text
+
+
+def test_ctrl_c_ends_the_job(straight, tmp_path):
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}
+    heeded = partial(signal.signal, signal.SIGINT, signal.default_int_handler)     # jobs in the background ignore it
+    job = subprocess.Popen([str(word) for word in recipe(straight[0], tmp_path, '--num-epochs', 200)], env=environment,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                           preexec_fn=heeded)
+    lines = []
+    for line in job.stdout:
+        lines.append(line)
+        if 'quantized epoch 2/' in line:
+            os.killpg(job.pid, signal.SIGINT)
+            break
+    text = ''.join(lines) + job.communicate(timeout=40)[0]
+    assert job.returncode != 0 and 'continue all workers with --resume' in text, text
+
+
+def test_another_number_of_workers_does_not_resume(straight, tmp_path):
+    shutil.copytree(straight[1], tmp_path / 'run')
+    words = [str(word) for word in recipe(straight[0], tmp_path / 'run', '--resume', '--kvstore', 'device')]
+    process = subprocess.run(words[len(JOB):], capture_output=True, text=True,
+                             env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert process.returncode != 0 and 'was started with 2 workers' in process.stderr
+
+
+def test_a_worker_that_never_comes_is_missed(monkeypatch):
+    ended = threading.Event()
+    reasons = []
+    monkeypatch.setattr(cluster, 'ARRIVAL', 0.3)
+    monkeypatch.setattr(cluster, '_give_up', lambda reason: (reasons.append(reason), ended.set()))
+    watch = cluster.Watch(0, workers=2, servers=1)
+    connection = socket.create_connection(watch._server.getsockname()[:2])
+    connection.sendall(b'worker (process 1)\n')
+    assert ended.wait(10) and reasons == ['only 1 of 3 workers and servers came within 0.3 s']
+    assert connection.makefile().readline() == reasons[0] + '\n'
+
+
+def test_a_port_in_use_and_an_unknown_role_are_named(monkeypatch):
+    with socket.create_server(('', 0)) as taken, pytest.raises(SystemExit, match='Set DMLC_PS_ROOT_PORT everywhere'):
+        cluster._check_ports(taken.getsockname()[1])
+    monkeypatch.setenv('DMLC_ROLE', 'Worker')
+    with pytest.raises(SystemExit, match="DMLC_ROLE is 'Worker'. Set it to one of worker, server, scheduler"):
+        cluster.join()
 
 
 def test_a_lone_process_and_a_worker_are_told_apart():

@@ -28,6 +28,7 @@ def test_other_schedules_end_at_zero(mode):
 
 
 def test_a_warm_up_rises_to_the_schedule():
+    assert make_schedule('cosine', 0.1, 3, 4, None, None, warmup_epochs=0.1)(1) > 0
     plain = make_schedule('cosine', 0.1, 4, 3, None, None)
     warm = make_schedule('cosine', 0.1, 4, 3, None, None, warmup_epochs=1)
     assert [warm(i) for i in (1, 2, 4, 5, 12)] == pytest.approx(
