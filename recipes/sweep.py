@@ -56,6 +56,8 @@ def command(sweep, row, column, save_dir, more):
     merged = {**sweep['options'], **sweep['columns'][column], **sweep['rows'][row],
               **sweep.get('cells', {}).get(name(row, column), {})}
     start = merged.pop('start', None)
+    if start in sweep['columns'][column].get('skip', ()):
+        start = None
     for key in ('title', 'skip', 'published', 'hidden'):
         merged.pop(key, None)
     words = []
