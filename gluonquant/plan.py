@@ -19,7 +19,8 @@ _PRETRAINED = {('weight', 'lsq'): {'per_channel': True},
                ('weight', 'dorefa'): {'options': {'rescale': 'max'}},
                ('weight', 'gdrq'): {'options': {'ktimes': 4.0, 'group_size': 1}},
                ('activation', 'gdrq'): {'options': {'ktimes': 12.0, 'lam': 0.01}}}
-_KTIMES = {('weight', 2): 2.5, ('weight', 3): 3.5, ('activation', 2): 8.0, ('activation', 3): 10.0}   # GDRQ's, below 4
+_AT_BITS = {('weight', 'gdrq', 2): {'ktimes': 2.5}, ('weight', 'gdrq', 3): {'ktimes': 3.5},
+            ('activation', 'gdrq', 2): {'ktimes': 8.0}, ('activation', 'gdrq', 3): {'ktimes': 10.0}}
 _SIGNED_FALLBACK = 'int8'       # for inputs below zero, where the method is for ReLU outputs only
 
 
@@ -45,9 +46,7 @@ def start(role, method, bits):
     """What a method starts with before anything else is asked for."""
     quantizers.find(method, role)
     spec = QuantizerSpec(method, bits, **_PRETRAINED.get((role, method), {}))
-    if method == 'gdrq' and (role, bits) in _KTIMES:
-        spec = replace(spec, options={**spec.options, 'ktimes': _KTIMES[role, bits]})
-    return spec
+    return replace(spec, options={**spec.options, **_AT_BITS.get((role, method, bits), {})})
 
 
 def end_config(base, bits):

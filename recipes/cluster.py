@@ -191,9 +191,6 @@ def _keep_alive(connection):
 def _give_up(reason):
     """End this process although its main thread waits inside of MXNet."""
     again = '' if role() != 'worker' else ' Start the job again with --resume: it continues from the last checkpoint.'
-    text = f'{role()} ends: {reason}.{again}'
-    logging.error(text)
-    if not logging.getLogger().handlers:
-        print(text, file=sys.stderr)
+    logging.error('%s ends: %s.%s', role(), reason, again)
     sys.stderr.flush()
     os._exit(LOST)

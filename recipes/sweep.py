@@ -55,15 +55,13 @@ def command(sweep, row, column, save_dir, more):
     """The command line of one cell."""
     merged = {**sweep['options'], **sweep['columns'][column], **sweep['rows'][row],
               **sweep.get('cells', {}).get(name(row, column), {})}
-    start = merged.pop('start', None)
+    start = merged.get('start')
     if start in sweep['columns'][column].get('skip', ()):
         start = None
-    for key in ('title', 'skip', 'published', 'hidden'):
-        merged.pop(key, None)
     words = []
     for option, value in merged.items():
-        words += [] if value is False else [option] if value is True else [
-            option, str(value).replace('{cell}', name(row, column))]
+        if option.startswith('--') and value is not False:
+            words += [option] if value is True else [option, str(value).replace('{cell}', name(row, column))]
     if start:
         words += ['--start-from', os.path.join(save_dir, name(start, column))]
     return [*words, '--save-dir', os.path.join(save_dir, name(row, column)), *more]

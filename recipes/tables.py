@@ -110,10 +110,9 @@ def _against(gap, published):
 def commands(results):
     """How to run every cell again."""
     name = results.folder.name
-    options = sorted({(cell['options']['seed']) for cell in results.cells.values()})
-    return (f'```bash\npython recipes/sweep.py results/{results.folder.relative_to(ROOT / "results")}/sweep.json '
-            f'--save-dir outputs/{name} --data-dir DATA --float-params FLOAT\n```\n'
-            f'Seed {", ".join(map(str, options))}.\n')
+    seeds = sorted({cell['options']['seed'] for cell in results.cells.values()})
+    return (f'```bash\npython recipes/sweep.py results/{name}/sweep.json --save-dir outputs/{name} --data-dir DATA '
+            f'--float-params FLOAT\n```\nSeed {", ".join(map(str, seeds))}.\n')
 
 
 def filled(page, text):

@@ -41,7 +41,8 @@ class Workers:
     def step(self, trainer, net, images):
         """One update after the backward pass over `images` images here, as many everywhere."""
         trainer.step(images * self.count)
-        self._sync(net)
+        if self.count * len(self.contexts) > 1:
+            self._sync(net)
 
     def share(self, arrays):
         """The arrays of a batch as one tuple of arrays for each context."""
