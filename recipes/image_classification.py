@@ -30,7 +30,7 @@ import checkpoint
 import data as images
 import gluonquant as gq
 import report
-from loop import Loss, evaluate, hybridize, seed_everything, train_stage
+from loop import Loss, evaluate, hybridize, mix, seed_everything, train_stage
 from options import FREE_OPTIONS, contexts, parse_args
 from workers import Workers
 
@@ -171,7 +171,8 @@ def run(args, workers):
                          'get_model_list().') from None
     seed_everything(args.seed)
 
-    hard_loss = Loss(classes, args.label_smoothing)
+    mixing = partial(mix, classes=classes, alpha=args.mixup_alpha) if args.mixup_alpha else None
+    hard_loss = Loss(classes, args.label_smoothing, mixed=bool(mixing))
     board = None
     if args.tensorboard and workers.first:
         board = report.Board(os.path.join(args.save_dir, 'tensorboard'), first=len(state['history']) + 1)
@@ -201,7 +202,7 @@ def run(args, workers):
             for data, _ in workers.share(next(iter(loaders.calibration))):
                 net(data)               # completes shapes
         hybridize(gq.fuse(net), args.mode)
-        train_stage('float', net, loaders, hard_loss, workers, args, state, save)
+        train_stage('float', net, loaders, hard_loss, workers, args, state, save, mixing)
         start = time.time()
         state['accuracy']['float'] = evaluate(net, loaders.val, workers)
         if workers.first:
@@ -219,8 +220,9 @@ def run(args, workers):
         net = gq.load(os.path.join(state['path'], 'net.params'), net, ctx=workers.contexts)
         hybridize(net, args.mode)
     teacher = make_teacher(args, classes, workers)
-    loss_function = Loss(classes, args.label_smoothing, teacher, args.temperature, args.hard_weight)
-    train_stage('quantized', net, loaders, loss_function, workers, args, state, save)
+    loss_function = Loss(classes, args.label_smoothing, teacher, args.temperature, args.hard_weight,
+                         bool(mixing))
+    train_stage('quantized', net, loaders, loss_function, workers, args, state, save, mixing)
     if args.num_epochs:
         state['accuracy']['fine-tuned'] = state['history'][-1]['val_accuracy']
     if workers.first:

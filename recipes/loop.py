@@ -60,26 +60,42 @@ class Loss:
     smoothing : float, part of the label's weight that all classes share.
     teacher : Block or None, maps data to logits.
     temperature, hard_weight : as in gluoncv's DistillationSoftmaxCrossEntropyLoss.
+    mixed : bool. Labels are shares of all classes, as `mix` makes them, not class numbers.
     """
-    def __init__(self, classes=None, smoothing=0.0, teacher=None, temperature=1.0, hard_weight=0.5):
+    def __init__(self, classes=None, smoothing=0.0, teacher=None, temperature=1.0, hard_weight=0.5, mixed=False):
         self._classes, self._smoothing, self._teacher, self._temperature = classes, smoothing, teacher, temperature
+        self._soft = bool(smoothing or mixed)
         if teacher:
-            self._loss = DistillationSoftmaxCrossEntropyLoss(temperature, hard_weight, sparse_label=not smoothing)
+            self._loss = DistillationSoftmaxCrossEntropyLoss(temperature, hard_weight, sparse_label=not self._soft)
         else:
-            self._loss = gluon.loss.SoftmaxCrossEntropyLoss(sparse_label=not smoothing)
+            self._loss = gluon.loss.SoftmaxCrossEntropyLoss(sparse_label=not self._soft)
 
     def __call__(self, data, output, label):
         with autograd.pause():          # which is inference mode, too
-            if self._smoothing:
-                share = self._smoothing / self._classes
-                label = mx.nd.one_hot(label, self._classes, 1 - self._smoothing + share, share)
+            if self._soft:
+                label = label if label.ndim == 2 else label.one_hot(self._classes)
+                label = (1 - self._smoothing) * label + self._smoothing / self._classes
             if self._teacher:
                 answer = mx.nd.softmax(self._teacher(data) / self._temperature)
         return self._loss(output, label, answer) if self._teacher else self._loss(output, label)
 
 
-def train_epoch(net, trainer, batches, count, loss_function, workers, title):
+def mix(data, label, classes, alpha):
+    """Each image with a part of its opposite in the batch, and the classes' shares in it: mixup, arXiv:1710.09412.
+
+    data (n, ...) and label (n,) become float32 (n, ...) and (n, classes). An image keeps at least half of itself; the
+    share of one batch is drawn by NumPy from Beta(alpha, alpha).
+    """
+    share = np.random.beta(alpha, alpha)
+    share = max(share, 1 - share)
+    label = label.one_hot(classes)
+    return [share * array + (1 - share) * array[::-1] for array in (data, label)]
+
+
+def train_epoch(net, trainer, batches, count, loss_function, workers, title, mixing=None):
     """One pass over `batches`, `count` images in all; with several workers, each brings its own batches.
+
+    `mixing`, if given, makes another [data, label] of these two of each batch: see `mix`.
 
     Returns a dict: loss (mean), accuracy (0..1), images_per_s, lr_first and lr_last (of the epoch's updates).
     Losses are read one step late: MXNet computes in the background, and the next batch is prepared meanwhile.
@@ -99,11 +115,14 @@ def train_epoch(net, trainer, batches, count, loss_function, workers, title):
               leave=False) as bar:
         for batch in batches:
             sums, losses = [], []
+            if mixing:
+                batch = mixing(*batch)
             with autograd.record():
                 for data, label in workers.share(batch):
                     output = net(data)
                     losses.append(loss_function(data, output, label))
-                    sums.append(mx.nd.concat(losses[-1].sum(), (output.argmax(axis=1) == label).sum(), dim=0))
+                    answer = label.argmax(axis=1) if mixing else label
+                    sums.append(mx.nd.concat(losses[-1].sum(), (output.argmax(axis=1) == answer).sum(), dim=0))
             autograd.backward(losses)
             workers.step(trainer, net, len(batch[0]))
             rates.append(trainer.learning_rate)
@@ -146,7 +165,7 @@ def seed_everything(seed, *position):
     np.random.seed(int(state.randint(2 ** 31 - 1)))
 
 
-def train_stage(stage, net, loaders, loss_function, workers, args, state, save):
+def train_stage(stage, net, loaders, loss_function, workers, args, state, save, mixing=None):
     """Train from the epoch in `state` to the last one of `stage`; note and save each epoch.
 
     Float training takes a cosine schedule with --float-lr; fine-tuning takes the options of the command line.
@@ -173,7 +192,7 @@ def train_stage(stage, net, loaders, loss_function, workers, args, state, save):
         loaders.sampler.epoch = (STAGES.index(stage), epoch)
         seed_everything(args.seed, *loaders.sampler.epoch)
         row = train_epoch(net, trainer, loaders.train, loaders.train_count, loss_function, workers,
-                          f'{stage} {epoch + 1}/{epochs}')
+                          f'{stage} {epoch + 1}/{epochs}', mixing)
         if not math.isfinite(row['loss']):
             raise SystemExit(f"{stage} epoch {epoch + 1}: the loss is {row['loss']}. Pass a smaller "
                              f"{'--float-lr' if stage == 'float' else '--lr'} than {schedule[1]}.")

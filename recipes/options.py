@@ -63,6 +63,8 @@ def parse_args(argv=None):
     add('--wd', type=float, default=1e-4, help='weight decay')
     add('--warmup-epochs', type=float, default=0, help='epochs in which the learning rate rises from 0')
     add('--label-smoothing', type=float, default=0, help='part of the label that all classes share, such as 0.1')
+    add('--mixup-alpha', type=float, default=0, metavar='A',
+        help='train on mixtures of two images, with shares from Beta(A, A), such as 0.2; 0: on the images themselves')
     add('--teacher', metavar='MODEL', help="learn from this model's answers, too; 'float' is the float network itself")
     add('--teacher-params', metavar='FILE', help='parameters of --teacher MODEL; gluoncv downloads them by default')
     add('--temperature', type=float, default=4, help='softens the answers of --teacher')
@@ -112,7 +114,8 @@ def parse_args(argv=None):
         parser.error(f'--lr-decay-epoch {args.lr_decay_epoch} is not a list of epochs such as 40,60.')
     for name, least in (('batch_size', 1), ('num_epochs', 0), ('float_epochs', 0), ('calibration_batches', 1),
                         ('seed', 0), ('num_workers', 0), ('hold_out', 0), ('warmup_epochs', 0),
-                        ('label_smoothing', 0), ('hard_weight', 0), ('num_gpus', 0), ('num_cpus', 1)):
+                        ('label_smoothing', 0), ('mixup_alpha', 0), ('hard_weight', 0), ('num_gpus', 0),
+                        ('num_cpus', 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is below {least}.")
     if args.batch_size % len(contexts(args)):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from mxnet import autograd, gluon
 
-from loop import Loss, make_schedule
+from loop import Loss, make_schedule, mix
 
 
 def rates(mode, decay_epochs=(1, 2), epochs=3):
@@ -57,3 +57,20 @@ def test_the_loss_is_that_of_label_and_teacher_and_no_gradient_reaches_the_teach
     expected = (0.25 * -(target * log_softmax(output)).sum(axis=1)
                 + 0.75 * 4 * -(answer * log_softmax(output / 2)).sum(axis=1))
     np.testing.assert_allclose(found.asnumpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('smoothing', [0, 0.1])
+def test_mixtures_are_judged_by_their_shares(smoothing):
+    np.random.seed(0)
+    data, label = mx.nd.array([[0.0], [1.0], [2.0], [4.0]]), mx.nd.array([0, 2, 1, 1])
+    mixture, shares = mix(data, label, classes=3, alpha=1)
+    share = 1 - mixture.asnumpy()[0, 0] / 4
+    assert 0.5 < share < 1
+    np.testing.assert_allclose(mixture.asnumpy()[:, 0], [4 * (1 - share), 2 - share, 1 + share, 4 * share], rtol=1e-6)
+    np.testing.assert_allclose(shares.asnumpy(), [[share, 1 - share, 0], [0, 1 - share, share],
+                                                  [0, share, 1 - share], [1 - share, share, 0]], rtol=1e-6)
+    output = mx.nd.random.normal(shape=(4, 3))
+    hard = Loss(3, smoothing)
+    found = Loss(3, smoothing, mixed=True)(None, output, shares)
+    expected = share * hard(None, output, label) + (1 - share) * hard(None, output, label[::-1])
+    np.testing.assert_allclose(found.asnumpy(), expected.asnumpy(), rtol=1e-5)
