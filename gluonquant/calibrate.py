@@ -51,8 +51,7 @@ def calibrate(net, loader, batches=10, *, observer=None, table=None, forward=Non
     """
     if not quantizers(net):
         raise ValueError(f'{type(net).__name__} has no quantizer: call gq.convert(net) or gq.attach(net) first')
-    if batches is not None and (isinstance(batches, bool) or not isinstance(batches, int) or batches < 1):
-        raise ValueError(f'batches={batches!r}: pass a number of batches >= 1, or None for all')
+    check_batches(batches)
     inputs = _inputs(net)
     watching = {path: quantizer.observer(observer) for path, quantizer in inputs.items()}
     fixed = _from_table(table or {}, net, inputs)
@@ -60,21 +59,9 @@ def calibrate(net, loader, batches=10, *, observer=None, table=None, forward=Non
 
     watched = {inputs[path]: (path, seen) for path, seen in watching.items() if path not in fixed}
     shown = {}      # what each quantizer has been shown of the present batch
-    count = 0
-    with unhybridized(net), _observing(net, watched, shown), autograd.pause(train_mode=False):
-        for batch in islice(loader, batches):
-            count += 1
-            shown.clear()
-            if forward is not None:
-                forward(net, batch)
-            else:
-                net(batch_tensor(batch, net))
-            for quantizer, tensors in shown.items():
-                if quantizer.tensors[1:]:
-                    _update(watched[quantizer][1], nd.concat(*(x.reshape(-1) for x in tensors), dim=0),
-                            watched[quantizer][0])
-    if not count:
-        raise ValueError('the loader gave no batch: nothing to calibrate with')
+    with observed({quantizer: _look(quantizer, *watched.get(quantizer, (None, None)), shown)
+                   for quantizer in quantizers(net).values()}):
+        infer(net, loader, batches, forward, 'calibrate with', lambda: _show_joint(watched, shown))
 
     unseen = [path for path, seen in watching.items() if not seen.count]
     if unseen:
@@ -138,16 +125,33 @@ def _range(path, value, signed):
     return [low, high]
 
 
+def check_batches(batches):
+    """ValueError unless ``batches`` is a number of batches or None."""
+    if batches is not None and (isinstance(batches, bool) or not isinstance(batches, int) or batches < 1):
+        raise ValueError(f'batches={batches!r}: pass a number of batches >= 1, or None for all')
+
+
+def infer(net, loader, batches, forward, purpose, after=lambda: None):
+    """Run batches through ``net``, unhybridized and for inference; ``after()`` each. ValueError if there is none."""
+    empty = True
+    with unhybridized(net), autograd.pause(train_mode=False):
+        for batch in islice(loader, batches):
+            empty = False
+            forward(net, batch) if forward is not None else net(batch_tensor(batch, net))
+            after()
+    if empty:
+        raise ValueError(f'the loader gave no batch: nothing to {purpose}')
+
+
 @contextmanager
-def _observing(net, watched, shown):
-    """Replace every quantizer by one that only looks; undone on the way out."""
-    everything = list(quantizers(net).values())
+def observed(forwards):
+    """Give every quantizer of {quantizer: forward} that forward for a while."""
     try:
-        for quantizer in everything:
-            quantizer.forward = _look(quantizer, *watched.get(quantizer, (None, None)), shown)
+        for quantizer, forward in forwards.items():
+            quantizer.forward = forward
         yield
     finally:
-        for quantizer in everything:
+        for quantizer in forwards:
             del quantizer.forward
 
 
@@ -168,6 +172,15 @@ def _look(quantizer, path, observer, shown):
         # every optimizer step from then on reorders it twice: it gets a copy.
         return x if quantizer.role == 'activation' else x * 1
     return forward
+
+
+def _show_joint(watched, shown):
+    """What quantizers of several tensors have been shown of one batch goes to their observers, and is forgotten."""
+    for quantizer, tensors in shown.items():
+        if quantizer.tensors[1:]:
+            path, observer = watched[quantizer]
+            _update(observer, nd.concat(*(x.reshape(-1) for x in tensors), dim=0), path)
+    shown.clear()
 
 
 def _update(observer, x, path):

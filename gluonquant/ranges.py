@@ -1,11 +1,8 @@
 """`ranges` and `clipped`: what each quantizer represents, and how much of its tensor lies outside."""
-from contextlib import contextmanager
-from itertools import islice
+from mxnet import nd
 
-from mxnet import autograd, nd
-
-from .calibrate import batch_tensor
-from .layers import quantizers, unhybridized
+from .calibrate import check_batches, infer, observed
+from .layers import quantizers
 
 _TOLERANCE = 0.01       # of a step: scales are rounded, too
 
@@ -38,15 +35,12 @@ def clipped(net, loader, batches=1, *, forward=None):
     Raises
     ------
     ValueError
-        The loader gave no batch.
+        The loader gave no batch, or `batches` is no number of batches.
     """
-    counts, seen = {}, 0
-    with unhybridized(net), _counting(net, counts), autograd.pause(train_mode=False):
-        for batch in islice(loader, batches):
-            seen += 1
-            forward(net, batch) if forward is not None else net(batch_tensor(batch, net))
-    if not seen:
-        raise ValueError('the loader gave no batch: nothing to count')
+    check_batches(batches)
+    counts = {}
+    with observed({quantizer: _count(path, quantizer, counts) for path, quantizer in _with_range(net).items()}):
+        infer(net, loader, batches, forward, 'count')
     return {path: outside / total for path, (outside, total) in counts.items()}
 
 
@@ -60,18 +54,6 @@ def _bounds(quantizer, x):
     """Lowest and highest representable value of each row, arrays (rows,)."""
     scale, zero_point = quantizer._levels(x)
     return scale * (quantizer.grid.qmin - zero_point), scale * (quantizer.grid.qmax - zero_point)
-
-
-@contextmanager
-def _counting(net, counts):
-    watched = _with_range(net)
-    try:
-        for path, quantizer in watched.items():
-            quantizer.forward = _count(path, quantizer, counts)
-        yield
-    finally:
-        for quantizer in watched.values():
-            del quantizer.forward
 
 
 def _count(path, quantizer, counts):

@@ -1,15 +1,14 @@
 """`reestimate_batchnorm`: running statistics anew, from data."""
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-from mxnet import autograd, nd
+from mxnet import nd
 from mxnet.gluon import Block, Parameter
 
-from .calibrate import batch_tensor
+from .calibrate import check_batches, infer
 from .graph import GraphNet
-from .layers import FoldedBatchNorm, named_blocks, unhybridized
+from .layers import FoldedBatchNorm, named_blocks
 from .switches import batchnorms
 from .symbol_graph import invoke
 
@@ -36,24 +35,15 @@ def reestimate_batchnorm(net, loader, batches=20, *, forward=None):
     ValueError
         No BatchNorm, an empty loader, or statistics that are not finite (named); the net is then as it was.
     """
-    if batches is not None and (isinstance(batches, bool) or not isinstance(batches, int) or batches < 1):
-        raise ValueError(f'batches={batches!r}: pass a number of batches >= 1, or None for all')
+    check_batches(batches)
     norms = _norms(net)
     if not norms:
         raise ValueError(f'{type(net).__name__} has no BatchNorm with statistics of its own')
     # One BatchNorm may stand in several places of a graph.
     moments = {id(norm.mean): _Moments() for norm in norms}
     seen = {norm.place: moments[id(norm.mean)] for norm in norms}
-    count = 0
-    with unhybridized(net), _watching(net, seen), autograd.pause(train_mode=False):
-        for batch in islice(loader, batches):
-            count += 1
-            if forward is not None:
-                forward(net, batch)
-            else:
-                net(batch_tensor(batch, net))
-    if not count:
-        raise ValueError('the loader gave no batch: nothing to estimate from')
+    with _watching(net, seen):
+        infer(net, loader, batches, forward, 'estimate from')
     values = [(norm, *seen[norm.place].result()) for norm in norms if seen[norm.place].count]
     for norm, mean, var in values:
         if not (np.isfinite(mean).all() and np.isfinite(var).all()):
