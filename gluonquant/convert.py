@@ -31,8 +31,8 @@ def convert(net, bits=4, *, method=None, weight=None, activation=None, weight_bi
     weight, activation : str, optional
         Methods of one role, from ``quantizers.available(role)``; they override the preset.
     first_last_bits : int or None
-        The first layer and the last Dense (the last layer, in a net without Dense) use these bits with method int8
-        (fqn stays fqn); None leaves them float.
+        The first layer and the last ones, which no other depends on (the classifier, all heads of a detector), use
+        these bits with method int8 (fqn stays fqn); None leaves them float.
     exclude : str or sequence of str
         Path patterns of layers that stay float.
     rules : sequence of Rule or dict
@@ -182,8 +182,10 @@ def _readings(net, floats):
 def _first_and_last(floats, readings):
     used = [path for path in floats if readings[path].uses] or list(floats)
     ordered = sorted(used, key=lambda path: readings[path].order)
-    dense = [path for path in ordered if type(floats[path]).__name__ == 'Dense']
-    return {ordered[0], (dense or ordered)[-1]}
+    last = {path for path in floats if readings[path].last}
+    if not last:        # the net cannot be traced
+        last = {([path for path in ordered if type(floats[path]).__name__ == 'Dense'] or ordered)[-1]}
+    return {ordered[0], *last}
 
 
 def _settle(config, path, layer, reading):

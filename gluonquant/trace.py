@@ -8,12 +8,12 @@ from .symbol_graph import Graph
 
 _log = logging.getLogger(__name__)
 
-Reading = namedtuple('Reading', 'order tensor nonnegative uses')
+Reading = namedtuple('Reading', 'order tensor nonnegative uses last', defaults=(False,))
 Reading.__doc__ = """One layer's place in the graph.
 
 order : int, position in topological order.   tensor : Entry, what it reads; None if several or unknown.
 nonnegative : bool, whether everything it reads is provably >= 0.   uses : int, how often it is called in one pass;
-0 if it is not part of the graph."""
+0 if it is not part of the graph.   last : bool, whether no other layer depends on it, see `last_layers`."""
 
 LAYER_OPS = ('Convolution', 'Deconvolution', 'FullyConnected')
 # Never negative, whatever goes in.
@@ -28,6 +28,10 @@ _KEEPING = {'Pooling', 'Concat', 'elemwise_add', 'broadcast_add', 'broadcast_plu
             'UpSampling', '_contrib_AdaptiveAvgPooling2D', '_contrib_BilinearResize2D', 'broadcast_like',
             'broadcast_maximum', 'broadcast_minimum', 'broadcast_to', 'broadcast_axis', 'reshape_like'}
 _ACTIVATIONS = {'relu', 'sigmoid', 'softrelu'}
+# What reads only the shape of an input, or where to look: {operator: slots of the inputs whose values count}.
+_VALUES = {'slice_like': (0,), 'broadcast_like': (0,), 'reshape_like': (0,), 'zeros_like': (), 'ones_like': (),
+           'shape_array': (), 'size_array': (), 'ROIPooling': (0,), '_contrib_ROIAlign': (0,),
+           '_contrib_RROIAlign': (0,), '_contrib_PSROIPooling': (0,), '_contrib_DeformablePSROIPooling': (0,)}
 
 
 def trace(net):
@@ -40,17 +44,18 @@ def trace(net):
         _log.info('%s cannot be traced (%s): its inputs count as signed, its layers as ordered by registration',
                   type(net).__name__, error)
         return {}
-    positive = nonnegative(graph)
+    positive, last = nonnegative(graph), last_layers(graph)
     found = {}
     for node in graph.nodes():
         if node.op in LAYER_OPS:
             data, weight = node.inputs[:2]
             name = weight.node.name
-            reading = Reading(len(found), data, positive[data.node], 1)
+            reading = Reading(len(found), data, positive[data.node], 1, node in last)
             if name in found:       # a layer called twice, or a shared weight
                 before = found[name]
                 reading = Reading(before.order, data if data == before.tensor else None,
-                                  before.nonnegative and reading.nonnegative, before.uses + 1)
+                                  before.nonnegative and reading.nonnegative, before.uses + 1,
+                                  before.last or reading.last)
             found[name] = reading
     return found
 
@@ -78,6 +83,23 @@ def _group(out):
     for part in out:
         parts.extend(_group(part) if not isinstance(part, mx.sym.Symbol) else [part])
     return mx.sym.Group(parts)
+
+
+def last_layers(graph):
+    """The layers that no other layer depends on: the last Dense of a classifier, all the heads of a detector.
+
+    Where a region proposal says to look is no dependence.
+    """
+    leads = set()       # nodes whose values a layer depends on
+    for node in reversed(graph.nodes()):
+        if node.op in LAYER_OPS or node in leads:
+            leads.update(entry.node for entry in values(node))
+    return {node for node in graph.nodes() if node.op in LAYER_OPS and node not in leads}
+
+
+def values(node):
+    """The inputs of a node whose values go into its output, not only their shape or a place that they name."""
+    return [entry for slot, entry in enumerate(node.inputs) if slot in _VALUES.get(node.op, (slot,))]
 
 
 def nonnegative(graph):

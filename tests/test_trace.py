@@ -99,7 +99,7 @@ def test_these_are_taken_to_be_negative_too(name):
 def test_the_input_of_the_net_may_be_negative():
     net = nn.Dense(3)
     reading = trace(net)[net.weight.name]
-    assert reading == Reading(0, reading.tensor, False, 1) and reading.tensor.node.name == 'data'
+    assert reading == Reading(0, reading.tensor, False, 1, last=True) and reading.tensor.node.name == 'data'
 
 
 def test_batch_norm_behind_a_relu_may_be_negative():
@@ -164,7 +164,7 @@ class Twice(nn.HybridBlock):
 
 def test_a_layer_used_on_two_tensors_has_no_single_one():
     net = Twice(lambda F, dense, x: dense(F.relu(dense(x))))
-    assert trace(net)[net.dense.weight.name] == Reading(0, None, True, 2)
+    assert trace(net)[net.dense.weight.name] == Reading(0, None, True, 2, last=True)
 
 
 def test_a_layer_that_reads_something_negative_once_is_not_nonnegative():
@@ -229,3 +229,45 @@ def test_every_layer_of_a_real_net_is_found():
     net = vision.mobilenet_v2_0_25()
     weights = {name for name in net.collect_params() if name.endswith('weight')}
     assert set(trace(net)) == weights
+
+
+def last(function, **layers):
+    """Names of the last layers of a net of ``layers`` whose forward is ``function(net, F, x)``."""
+    net = Several(function, **layers)
+    return [name for name in layers if trace(net)[getattr(net, name).weight.name].last]
+
+
+class Several(nn.HybridSequential):
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def hybrid_forward(self, F, x):
+        return self.function(self, F, x)
+
+
+def test_all_heads_are_last_layers():
+    assert last(lambda net, F, x: F.concat(net.boxes(F.relu(net.body(x))), net.scores(net.body(x))),
+                body=nn.Conv2D(4, 1), boxes=nn.Conv2D(4, 1), scores=nn.Conv2D(2, 1)) == ['boxes', 'scores']
+
+
+def test_a_gate_is_no_last_layer():
+    assert last(lambda net, F, x: net.head(F.broadcast_mul(x, F.sigmoid(net.gate(x)))),
+                gate=nn.Conv2D(3, 1), head=nn.Dense(2)) == ['head']
+
+
+@pytest.mark.parametrize('look', [
+    lambda F, x, places: F.contrib.ROIAlign(x, F.reshape(places, shape=(-1, 5)), (2, 2), 1.0),
+    lambda F, x, places: F.ROIPooling(x, F.reshape(places, shape=(-1, 5)), (2, 2), 1.0),
+    lambda F, x, places: F.slice_like(x, places),
+    lambda F, x, places: x + F.zeros_like(places)], ids=['align', 'pool', 'slice', 'zeros'])
+def test_what_says_where_to_look_is_a_last_layer(look):
+    assert last(lambda net, F, x: net.head(look(F, net.body(x), net.places(net.body(x)))),
+                body=nn.Conv2D(4, 1), places=nn.Conv2D(5, 1), head=nn.Dense(2)) == ['places', 'head']
+
+
+def test_a_layer_that_is_the_last_in_one_of_its_places_is_last():
+    assert last(lambda net, F, x: net.head(net.head(net.body(x))), body=nn.Conv2D(3, 1), head=nn.Conv2D(3, 1)
+                ) == ['head']

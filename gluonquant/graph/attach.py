@@ -32,7 +32,7 @@ def attach(net, bits=4, *, params=None, inputs='data', shapes=None, ops=OPS, tar
         A float net, or the path of a ``*-symbol.json`` file.
     bits, method, weight, activation, weight_bits, activation_bits, first_last_bits, per_channel, signed, \
     weight_options, activation_options
-        As for `convert`. ``first_last_bits`` is about the first layer and the last fully connected one.
+        As for `convert`.
     params : str or dict, optional
         With a symbol or a file: the path of a ``.params`` file, or {name: array}.
     inputs : str or sequence of str

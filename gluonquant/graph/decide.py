@@ -7,7 +7,7 @@ from ..grid import check_bits
 from ..plan import check_patterns, end_config, settle_sign, start
 from ..registry import nearest
 from ..symbol_graph import VARIABLE, canonical
-from ..trace import LAYER_OPS, nonnegative
+from ..trace import LAYER_OPS, last_layers, nonnegative
 from .names import bound_variable
 from .net import Decision
 from .place import Wish
@@ -86,9 +86,7 @@ class Plan:
                 self.decisions.append(Decision(self.paths[node], node.op, '', None, reason))
 
     def _ends(self):
-        layers = [node for node in self.nodes if node.op in LAYER_OPS]
-        dense = [node for node in layers if node.op == 'FullyConnected']
-        return {layers[0], (dense or layers)[-1]} if layers else set()
+        return {*[node for node in self.nodes if node.op in LAYER_OPS][:1], *last_layers(self.graph)}
 
     def _matches(self, pattern, node):
         return matches(pattern, node.name) or matches(pattern, self.paths[node])

@@ -241,13 +241,9 @@ def in_a_row(*layers):
     return ready(Net(function, **dict(zip('abc', layers, strict=True))), images(size=4))
 
 
-def test_the_last_layer_is_the_last_fully_connected_one():
-    net = gq.attach(in_a_row(nn.Conv2D(3, 1), nn.Dense(48), nn.Conv2D(3, 1)))
-    assert settings(net, 'weight') == {'a.weight': 'int8 8s', 'b.weight': 'int8 8s', 'c.weight': 'lsq 4s'}
-
-
-def test_the_last_layer_of_a_net_without_fully_connected_ones_is_its_last_convolution():
-    net = gq.attach(in_a_row(nn.Conv2D(3, 1), nn.Conv2D(3, 1), nn.Conv2D(3, 1)))
+@pytest.mark.parametrize('middle', [nn.Dense(48), nn.Conv2D(3, 1)], ids=['dense', 'conv'])
+def test_the_last_layer_is_the_one_that_no_other_depends_on(middle):
+    net = gq.attach(in_a_row(nn.Conv2D(3, 1), middle, nn.Conv2D(3, 1)))
     assert settings(net, 'weight') == {'a.weight': 'int8 8s', 'b.weight': 'lsq 4s', 'c.weight': 'int8 8s'}
 
 
