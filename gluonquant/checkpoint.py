@@ -7,12 +7,12 @@ import json
 
 import numpy as np
 from mxnet import nd
-from mxnet.gluon import nn
+from mxnet.gluon import SymbolBlock, nn
 
 from .config import PLAN_VERSION, LayerConfig
 from .convert import apply, clear_caches, undo
 from .files import replacing
-from .graph import GraphNet, as_graph
+from .graph import GraphNet, as_graph, graphs
 from .layers import layers, named_blocks, quantizers
 from .switches import batchnorms
 
@@ -107,26 +107,54 @@ def _load_layers(path, plan, arrays, net, ctx):
         classes = {name: values.pop(_FLOAT_NAME) for name, values in plan['layers'].items()}
         configs = {name: LayerConfig.from_dict(values) for name, values in plan['layers'].items()}
         frozen = set(plan['frozen_batchnorm'])
+        made = _make_graphs(path, plan.get('graphs', {}), net)
     except (KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from None
     converted = layers(net)
     _check_layers(path, net, classes, configs, converted)
-    if not converted:
+    before = graphs(net)
+    _check_graphs(path, made, before)
+    if not converted and not before:
         try:
-            apply(net, configs)
+            apply(net, configs, made)
         except (ValueError, TypeError) as error:
             raise ValueError(f'{path}: {error}') from None
     try:
         _check_parameters(path, net, arrays)
     except ValueError:
-        if not converted:
+        if not converted and not before:
             undo(net)
         raise
     _place(net, arrays, ctx)
+    for name, graph in before.items():
+        graph.take_frozen(made[name])
     for name, block in batchnorms(net).items():
         block._kwargs['use_global_stats'] = name in frozen
     clear_caches(net)
     return net
+
+
+def _make_graphs(path, described, net):
+    """{path: GraphNet} of the graphs in a file, with the Parameters of what stands at their places."""
+    blocks, made = dict(named_blocks(net)), {}
+    for name, values in described.items():
+        if not isinstance(blocks.get(name), (SymbolBlock, GraphNet)):
+            found = type(blocks[name]).__name__ if name in blocks else 'nothing'
+            raise ValueError(f'{path}: {name!r} is a graph in the file, but {found} in the net')
+        try:
+            made[name] = GraphNet.from_description(values, blocks[name]._collect_params_with_prefix())
+        except ValueError as error:
+            raise ValueError(f'{path}: {name}: {error}') from None
+    return made
+
+
+def _check_graphs(path, made, before):
+    for name, graph in before.items():
+        if name not in made:
+            raise ValueError(f'{path}: {name!r} is quantized in the net, but float in the file')
+        if graph.settings() != made[name].settings():
+            raise ValueError(f'{path}: {name!r} was saved from another graph, or with other quantizers. Load into a '
+                             'float net')
 
 
 def _load_graph(path, plan, arrays, net, ctx):
@@ -164,6 +192,7 @@ def _parameters_by_path(path, net):
 def _place(net, arrays, ctx):
     for name, parameter in net._collect_params_with_prefix().items():
         placed = parameter._data is not None or parameter._deferred_init
+        parameter.shape = arrays[name].shape        # Gluon does not note it for one of a graph
         parameter._load_init(nd.array(arrays[name], dtype=arrays[name].dtype), None if placed else ctx)
 
 
@@ -171,7 +200,8 @@ def _describe(net):
     """What `convert` decided, and which BatchNorm layers are frozen."""
     return {'frozen_batchnorm': [name for name, block in batchnorms(net).items() if block._kwargs['use_global_stats']],
             'layers': {name: {_FLOAT_NAME: layer.float_class.__name__, **layer.config.to_dict()}
-                       for name, layer in layers(net).items()}}
+                       for name, layer in layers(net).items()},
+            'graphs': {name: graph.describe() for name, graph in graphs(net).items()}}
 
 
 def _plain(value):
@@ -230,7 +260,8 @@ def _check_parameters(path, net, arrays):
             raise ValueError(f'{path}: Parameter {name!r} of the net is missing in the file')
         if name not in expected:
             raise ValueError(f'{path}: Parameter {name!r} of the file is missing in the net')
-        shape, saved = expected[name].shape, arrays[name].shape
+        saved = arrays[name].shape
+        shape = expected[name].shape or (0,) * len(saved)      # None: a graph does not know it yet
         if len(shape) != len(saved) or any(mine not in (0, -1, theirs) for mine, theirs in zip(shape, saved)):
             raise ValueError(f'{path}: Parameter {name!r} has shape {saved} in the file, but {shape} in the net')
         if np.dtype(expected[name].dtype) != arrays[name].dtype:

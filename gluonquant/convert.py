@@ -3,14 +3,17 @@ from collections import Counter
 from dataclasses import replace
 from itertools import takewhile
 
-from mxnet.gluon import Block, HybridBlock
+from mxnet.gluon import Block, HybridBlock, SymbolBlock
 
 from . import quantizers
-from .config import Rule, matches
+from .config import matches
 from .fuse import install, uninstall
+from .graph.names import bound_variable
+from .graph.nested import put, restore
+from .graph.part import parts
 from .grid import check_bits
 from .layers import LAYERS, FoldedBatchNorm, QuantizedLayer, SharedInput, fold_layer, named_blocks
-from .plan import base_config, check_patterns, end_config, settle_sign, start
+from .plan import base_config, check_patterns, end_config, read_patterns, settle_sign, start
 from .trace import Reading, trace
 
 
@@ -18,6 +21,9 @@ def convert(net, bits=4, *, method=None, weight=None, activation=None, weight_bi
             first_last_bits=8, exclude=(), rules=(), per_channel=None, signed=None, weight_options=None,
             activation_options=None, gradient_bits=None):
     """Quantize the layers of ``net`` in place: Conv1D/2D/3D, Conv2DTranspose and Dense.
+
+    A SymbolBlock inside ``net``, such as the features of gluoncv's SSDs, gives place to a `graph.GraphNet` whose
+    convolutions and fully connected layers are quantized. `attach` quantizes what is between layers, too.
 
     Load float weights before or after (then with ``allow_missing=True``); calibrate; hybridize; train.
 
@@ -64,13 +70,13 @@ def convert(net, bits=4, *, method=None, weight=None, activation=None, weight_bi
     """
     _check_net(net)
     bits = check_bits(bits)
-    floats = _float_layers(net)
+    inner = parts(net)
+    floats = _float_layers(net, inner)
     base = base_config(bits, method, (weight, weight_bits, weight_options), (activation, activation_bits,
                         activation_options), per_channel, signed, gradient_bits)
-    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-    rules = [rule if isinstance(rule, Rule) else Rule(**rule) for rule in rules]
-    check_patterns([*exclude, *(rule.pattern for rule in rules)], floats, 'layer')
-    readings = _readings(net, floats)
+    exclude, rules = read_patterns(exclude, rules)
+    check_patterns(exclude, rules, [*floats, *(name for part in inner.values() for name in part.names)], 'layer')
+    readings = _readings(net, floats, inner)
     plan = {}
     ends = _first_and_last(floats, readings)
     for path, layer in floats.items():
@@ -85,13 +91,18 @@ def convert(net, bits=4, *, method=None, weight=None, activation=None, weight_bi
             if rule.matches(path):
                 config = rule.apply(config, start)
         plan[path] = _settle(config, path, layer, readings[path])
-    if not plan:
+    made = {path: part.quantized(base, ends, first_last_bits, exclude, rules) for path, part in inner.items()}
+    made = {path: graph for path, graph in made.items() if graph is not None}
+    if not plan and not made:
         raise ValueError('exclude and first_last_bits=None leave no layer to quantize')
-    return apply(net, _share_inputs(net, plan, readings))
+    return apply(net, _share_inputs(net, plan, readings), made)
 
 
-def apply(net, plan):
-    """Change ``net`` as ``plan`` says: {path: LayerConfig}. Everything is built before anything changes."""
+def apply(net, plan, made=None):
+    """Change ``net`` as ``plan`` says: {path: LayerConfig}; everything is built before anything changes.
+
+    ``made``: {path: GraphNet} of what stands for SymbolBlocks from now on.
+    """
     blocks = dict(named_blocks(net))
     built, inputs, taken = {}, {}, set()
     for path in sorted(plan, key=lambda path: plan[path].shares_input_with is not None):    # owners first
@@ -123,6 +134,8 @@ def apply(net, plan):
             shared = SharedInput(uses)
             for path in readers:
                 blocks[path].share_input(shared, path)
+    for path, graph in (made or {}).items():
+        put(net, path, graph)
     clear_caches(net)
     return install(net)
 
@@ -133,6 +146,7 @@ def undo(net):
     for _, block in named_blocks(net):
         if isinstance(block, (QuantizedLayer, FoldedBatchNorm)):
             block.to_float()
+    restore(net)
     clear_caches(net)
 
 
@@ -153,38 +167,47 @@ def _check_net(net):
         if isinstance(block, quantizers.Quantizer):
             raise RuntimeError(f'quantizers are attached already: the net has {path!r}. Convert a fresh float '
                                'net instead')
-        if isinstance(block, HybridBlock) and block._cached_op is not None:
+        if isinstance(block, HybridBlock) and block._cached_op is not None and not isinstance(block, SymbolBlock):
             raise RuntimeError(f'{path or "the net"!r} ({type(block).__name__}) is hybridized and has already run, '
                                'so its graph is fixed. Call net.hybridize(False), convert, then hybridize again')
 
 
-def _float_layers(net):
+def _float_layers(net, inner):
     found = {path: block for path, block in named_blocks(net) if type(block) in LAYERS}
-    if not found:
+    if not found and not inner:
+        if isinstance(net, SymbolBlock):
+            raise ValueError(f'{type(net).__name__} is a graph, in which no layer can change in place: use gq.attach')
         known = ', '.join(sorted(cls.__name__ for cls in LAYERS))
         raise ValueError(f'{type(net).__name__} has no layer to quantize: none of its blocks is one of {known}')
     return found
 
 
-def _readings(net, floats):
-    """{path: Reading}; where the net cannot be traced, in order of registration, with inputs of unknown sign."""
+def _readings(net, floats, inner):
+    """{path: Reading} of layers, those of graphs inside the net too.
+
+    Where the net cannot be traced, in order of registration, with inputs of unknown sign.
+    """
     traced = trace(net)
-    owners = Counter(layer.weight.name for layer in floats.values())
+    weights = {path: layer.weight.name for path, layer in floats.items()}
+    weights.update((path, bound_variable(node.inputs[1])) for part in inner.values()
+                   for path, node in part.layers.items())
+    owners = Counter(weights.values())
     readings = {}
-    for place, (path, layer) in enumerate(floats.items()):
-        reading = traced.get(layer.weight.name, Reading(len(traced) + place, None, False, 0))
-        if owners[layer.weight.name] > 1:       # the graph cannot tell which of the layers reads what
+    for place, (path, weight) in enumerate(weights.items()):
+        reading = traced.get(weight, Reading(len(traced) + place, None, False, 0))
+        if owners[weight] > 1:      # the graph cannot tell which of the layers reads what
             reading = reading._replace(tensor=None)
         readings[path] = reading
     return readings
 
 
 def _first_and_last(floats, readings):
-    used = [path for path in floats if readings[path].uses] or list(floats)
-    ordered = sorted(used, key=lambda path: readings[path].order)
-    last = {path for path in floats if readings[path].last}
+    ordered = sorted([path for path in readings if readings[path].uses] or readings,
+                     key=lambda path: readings[path].order)
+    last = {path for path in readings if readings[path].last}
     if not last:        # the net cannot be traced
-        last = {([path for path in ordered if type(floats[path]).__name__ == 'Dense'] or ordered)[-1]}
+        dense = [path for path in ordered if type(floats.get(path)).__name__ == 'Dense']
+        last = {(dense or ordered)[-1]}
     return {ordered[0], *last}
 
 

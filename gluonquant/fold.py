@@ -9,7 +9,7 @@ from mxnet.gluon.nn.conv_layers import _Conv
 
 from .batchnorm import Layer, Settings, factor_and_shift, pairs
 from .convert import clear_caches
-from .graph import GraphNet
+from .graph import GraphNet, graphs
 from .layers import QuantizedLayer, fold_layer, layers, named_blocks, quantizers
 from .trace import traced
 
@@ -52,12 +52,9 @@ def fold(net, mode='merge'):
         raise ValueError(f'mode={mode!r}: pass one of {", ".join(map(repr, MODES))}')
     if not isinstance(net, Block):
         raise TypeError(f'{type(net).__name__} is no HybridBlock; gq.graph.as_graph makes one of a symbol')
-    graphs = {path: block for path, block in named_blocks(net) if isinstance(block, GraphNet)}
-    if graphs:
-        told = {'.'.join(filter(None, (path, name))): what for path, graph in graphs.items()
-                for name, what in _fold_graph(graph, mode).items()}
-    else:
-        told = _fold_blocks(net, mode)
+    told = _fold_graph(net, mode) if isinstance(net, GraphNet) else _fold_blocks(net, mode)
+    for path, graph in graphs(net).items():
+        told.update((f'{path}.{name}', what) for name, what in _fold_graph(graph, mode).items())
     for name, what in told.items():
         _log.info('%s %s', name, what)
     if not any(what.startswith(('folded', 'merged')) for what in told.values()):
@@ -84,7 +81,9 @@ def _fold_blocks(net, mode):
         raise TypeError(f'{type(net).__name__} cannot be traced: {error}. For a net of several inputs, fold '
                         'gq.graph.as_graph(net, inputs=(...))')
     found, refused = pairs(graph)
-    told = {by_gamma.get(norm.inputs[1].node.name, norm.name): f'stays: {reason}' for norm, reason in refused.items()}
+    inner = {name for part in graphs(net).values() for name in part.paths}      # of graphs, which fold their own
+    told = {by_gamma.get(norm.inputs[1].node.name, norm.name): f'stays: {reason}' for norm, reason in refused.items()
+            if norm.inputs[1].node.name not in inner}
     folds = []
     for layer, norm in found:
         path, norm = by_weight.get(layer.inputs[1].node.name), by_gamma.get(norm.inputs[1].node.name)
@@ -98,7 +97,7 @@ def _fold_blocks(net, mode):
               if isinstance(block, QuantizedLayer) and block.config.fold == 'folded']
     if mode != 'merge':
         floats = [(path, norm) for path, norm, _ in folds if not isinstance(blocks[path], QuantizedLayer)]
-        if floats and len(floats) == len(folds):
+        if floats and len(floats) == len(folds) and not inner:
             raise ValueError(f'layer {floats[0][0]!r} is float: convert the net first, or merge')
         told.update((norm, f'stays: {path!r} is float') for path, norm in floats)
         folds = [fold for fold in folds if isinstance(blocks[fold[0]], QuantizedLayer)]

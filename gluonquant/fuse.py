@@ -6,7 +6,7 @@ import mxnet as mx
 from mxnet.gluon import Block, HybridBlock
 from mxnet.ndarray import NDArray
 
-from .layers import QuantizedLayer, layers, named_blocks, quantizers
+from .layers import QuantizedLayer, named_blocks, quantizers
 from .ops.load import PREFIXES
 from .symbol_graph import Entry, Graph, Node, ancestors
 
@@ -223,7 +223,7 @@ def install(net):
     layer that is traced by itself has nothing in front of its quantizer.
     """
     for block in _topmost(net):
-        if layers(block):
+        if quantizers(block):
             _install(block)
     return net
 

@@ -2,7 +2,7 @@
 from dataclasses import replace
 
 from . import quantizers
-from .config import LayerConfig, QuantizerSpec, matches
+from .config import LayerConfig, QuantizerSpec, Rule, matches
 from .grid import check_bits
 from .registry import nearest
 
@@ -73,9 +73,15 @@ def settle_sign(spec, nonnegative):
     return replace(spec, signed=not nonnegative)
 
 
-def check_patterns(patterns, names, kind):
-    """ValueError for a pattern that fits none of ``names``."""
-    for pattern in patterns:
+def read_patterns(exclude, rules):
+    """The arguments ``exclude`` and ``rules`` as lists of str and of Rule."""
+    return ([exclude] if isinstance(exclude, str) else list(exclude),
+            [rule if isinstance(rule, Rule) else Rule(**rule) for rule in rules])
+
+
+def check_patterns(exclude, rules, names, kind):
+    """ValueError for a pattern of these lists that fits none of ``names``."""
+    for pattern in [*exclude, *(rule.pattern for rule in rules)]:
         if not any(matches(pattern, name) for name in names):
             raise ValueError(f'pattern {pattern!r} matches no {kind}.{nearest(pattern, names)} '
                              f'{kind.capitalize()}s: {_shortened(list(names))}')

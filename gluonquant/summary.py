@@ -68,7 +68,7 @@ def summary(net):
     rows = []
     for path, block in named_blocks(net):
         if isinstance(block, GraphNet):
-            rows += [_node_row(block, node) for node in block.graph.nodes()
+            rows += [_node_row(path, block, node) for node in block.graph.nodes()
                      if node.op in _LAYERS or _reads_quantized(node)]
         elif isinstance(block, QuantizedLayer) or type(block) in LAYERS:
             rows.append(_row(path, block))
@@ -93,7 +93,7 @@ def _reads_quantized(node):
                for entry in node.inputs)
 
 
-def _node_row(net, node):
+def _node_row(path, net, node):
     """A node of an attached net that has a weight, or of whose inputs some are quantized."""
     own, weight = net.quantizers_of(node)
     layer = node.op in _LAYERS
@@ -105,7 +105,8 @@ def _node_row(net, node):
     source = ', '.join(dict.fromkeys('float' if part is None else _describe(part) for part in own))
     described = '' if not layer else 'float' if weight is None else _describe(weight)
     kind = f'{parts(node)[0]} with BatchNorm' if node.op == FOLDED else node.op
-    return Row(net.label(node), kind, shape, source, described, calibrated, size,
+    name = '.'.join(filter(None, (path, net.label(node))))
+    return Row(name, kind, shape, source, described, calibrated, size,
                size if weight is None else _packed(weight, shape, size))
 
 

@@ -10,7 +10,7 @@ import gluonquant
 
 PACKAGE = Path(gluonquant.__file__).parent
 ORDER = ['integer', 'files', 'registry', 'table', 'grid', 'config', 'ops', 'symbol_graph', 'trace', 'functional',
-         'batchnorm', 'observers', 'quantizers', 'layers', 'plan', 'fuse', 'convert', 'calibrate', 'ranges', 'graph',
+         'batchnorm', 'observers', 'quantizers', 'layers', 'plan', 'fuse', 'calibrate', 'ranges', 'graph', 'convert',
          'summary', 'fold', 'switches', 'reestimate', 'training', 'distributed', 'checkpoint', 'torch_weights',
          'finalize', 'export', 'packed', 'mxnet_int8', 'verify']
 FILES = sorted(path for path in PACKAGE.rglob('*.py') if path.parent != PACKAGE or path.name != '__init__.py')

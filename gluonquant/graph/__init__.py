@@ -3,9 +3,10 @@ from ..symbol_graph import Entry, Graph, Node
 from .attach import OPS, attach
 from .draw import draw
 from .explain import explain
+from .nested import graphs
 from .net import Decision, GraphNet
 from .source import as_graph
 from .target import TARGETS, Target
 
 __all__ = ['Decision', 'Entry', 'Graph', 'GraphNet', 'Node', 'OPS', 'TARGETS', 'Target', 'as_graph', 'attach',
-           'draw', 'explain']
+           'draw', 'explain', 'graphs']

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from ..calibrate import set_ranges
 from ..grid import check_bits
 from ..layers import quantizers
-from ..plan import base_config
+from ..plan import base_config, check_patterns, read_patterns
 from ..registry import nearest
 from ..symbol_graph import QUANTIZE, Entry, numbered
 from . import source
@@ -80,18 +80,36 @@ def attach(net, bits=4, *, params=None, inputs='data', shapes=None, ops=OPS, tar
     base = base_config(bits, method, (weight, weight_bits, weight_options), (activation, activation_bits,
                        activation_options), per_channel, signed, None)
     found = source.read(net, params, inputs)
-    graph = found.graph
-    plan = Plan(found, base, first_last_bits, ops, skip, only, rules, exclude)
+    exclude, rules = read_patterns(exclude, rules)
+    plan = Plan(found, base, first_last_bits, ops, skip, only, exclude, rules)
+    check_patterns(exclude, rules, dict.fromkeys(name for names in plan.names.values() for name in names), 'node')
     for name in shapes or {}:
         if name not in found.inputs:
             raise ValueError(f'shapes names {name!r}, which is no input.{nearest(name, found.inputs)}')
     if skip_scalars:
-        plan.skip_scalars(graph.shapes(**{**found.shapes(), **(shapes or {})}))
+        plan.skip_scalars(found.graph.shapes(**{**found.shapes(), **(shapes or {})}))
     plan.decide()
+    made = build(found, plan, target)
+    if table is not None:
+        set_ranges(made, table)
+    if freeze_batchnorm:
+        made.freeze_batchnorm()
+    return made
+
+
+def build(found, plan, target=None):
+    """The `GraphNet` that does what ``plan`` has decided, as ``target`` (a Target or None) wants it.
+
+    Parameters
+    ----------
+    found : Source, whose graph changes
+    plan : Plan
+    """
+    graph = found.graph
     if target is None:
         places, refused, passed = place(plan.wishes), {}, {}
     else:
-        places, refused, passed = place_for(target, graph, plan.wishes, base.activation, found.label)
+        places, refused, passed = place_for(target, graph, plan.wishes, plan.base.activation, found.label)
 
     def settle(spec, entries):
         spec = plan.sign(spec, entries)
@@ -106,10 +124,6 @@ def attach(net, bits=4, *, params=None, inputs='data', shapes=None, ops=OPS, tar
     for quantizer in quantizers(made, 'weight').values():
         if quantizer.bound is not None and quantizer.bound._data is not None:       # see convert.apply
             quantizer.bound.reset_ctx(quantizer.bound.list_ctx())
-    if table is not None:
-        set_ranges(made, table)
-    if freeze_batchnorm:
-        made.freeze_batchnorm()
     return made
 
 

@@ -2,9 +2,9 @@
 from collections import Counter
 from dataclasses import replace
 
-from ..config import Rule, matches
+from ..config import matches
 from ..grid import check_bits
-from ..plan import check_patterns, end_config, settle_sign, start
+from ..plan import end_config, settle_sign, start
 from ..registry import nearest
 from ..symbol_graph import VARIABLE, canonical
 from ..trace import LAYER_OPS, last_layers, nonnegative
@@ -16,25 +16,37 @@ from .place import Wish
 class Plan:
     """What every operator asks for, and why.
 
+    Parameters
+    ----------
+    found : Source
+    base : LayerConfig
+    first_last_bits, ops, skip, only : as for `attach`
+    exclude : list of str.  rules : list of Rule
+    ends : set of Node, optional
+        The first and the last layers, if the graph itself does not tell.
+    above : str
+        The path of the graph in a net, which patterns begin with.
+
     Attributes
     ----------
     wishes, weights : list of Wish, for activations and for weights
     decisions : list of Decision, about what stays float whatever others ask for
     paths : dict, {node: its name as users read it}
+    names : dict, {node: [what patterns may call it]}
     """
 
-    def __init__(self, found, base, first_last_bits, ops, skip, only, rules, exclude):
+    def __init__(self, found, base, first_last_bits=8, ops=LAYER_OPS, skip=None, only=None, exclude=(), rules=(),
+                 ends=None, above=''):
         self.source, self.graph, self.base = found, found.graph, base
         self.nodes = [node for node in self.graph.nodes() if node.op != VARIABLE]
         self.label = found.label
         self.paths = {node: found.path(node) for node in self.nodes}
         self.ops = {_operator(name, 'ops') for name in ([ops] if isinstance(ops, str) else ops)}
-        self.exclude = [exclude] if isinstance(exclude, str) else list(exclude)
-        self.rules = [rule if isinstance(rule, Rule) else Rule(**rule) for rule in rules]
-        names = list(dict.fromkeys(name for node in self.nodes for name in (node.name, self.paths[node])))
-        check_patterns([*self.exclude, *(rule.pattern for rule in self.rules)], names, 'node')
+        self.exclude, self.rules = exclude, rules
+        self.names = {node: called(found, node, above) for node in self.nodes}
         self.first_last_bits = None if first_last_bits is None else check_bits(first_last_bits, 'first_last_bits')
         self.skip, self.only = (_counts(value, name, self.nodes) for value, name in ((skip, 'skip'), (only, 'only')))
+        self.ends = self._find_ends() if ends is None else ends
         self.nonnegative = nonnegative(self.graph)
         self.scalars = {}
         self.moving = self._moving(set(found.inputs))
@@ -74,24 +86,22 @@ class Plan:
 
     def decide(self):
         """Collect the wishes of all nodes."""
-        ends = self._ends()
         seen = Counter()
         for node in self.nodes:
             seen[node.op] += node.op in self.ops
-            reason = self._refusal(node, ends, seen[node.op])
+            reason = self._refusal(node, seen[node.op])
             if reason is None:
-                config, why = self._config(node, ends)
-                self._wish(node, config, why)
+                self._wish(node, *self._config(node))
             else:
                 self.decisions.append(Decision(self.paths[node], node.op, '', None, reason))
 
-    def _ends(self):
+    def _find_ends(self):
         return {*[node for node in self.nodes if node.op in LAYER_OPS][:1], *last_layers(self.graph)}
 
     def _matches(self, pattern, node):
-        return matches(pattern, node.name) or matches(pattern, self.paths[node])
+        return any(matches(pattern, name) for name in self.names[node])
 
-    def _refusal(self, node, ends, number):
+    def _refusal(self, node, number):
         """Why ``node``, the ``number``-th of its operator, stays float; None if it does not."""
         if node.op not in self.ops:
             return f'{node.op} is not among ops'
@@ -104,15 +114,15 @@ class Plan:
             return f'skip: number {number} of the {node.op} nodes, the first {self.skip[node.op]} stay float'
         if number > self.only.get(node.op, number):
             return f'only: number {number} of the {node.op} nodes, the first {self.only[node.op]} are quantized'
-        if node in ends and self.first_last_bits is None:
+        if node in self.ends and self.first_last_bits is None:
             return 'first or last layer, first_last_bits=None'
         if node.op in LAYER_OPS and node.inputs[1].node in self.moving:
             return 'its weight is computed from data'
         return None
 
-    def _config(self, node, ends):
+    def _config(self, node):
         config, why = self.base, [f'{node.op} is among ops']
-        if node in ends:
+        if node in self.ends:
             config = end_config(config, self.first_last_bits)
             why.append(f'first or last layer: first_last_bits={self.first_last_bits}')
         for rule in self.rules:
@@ -151,6 +161,11 @@ class Plan:
             spec = replace(spec, options={**spec.options, 'axis': 1},
                            per_channel=False if grouped else spec.per_channel)
         self.weights.append(Wish(node.inputs[1], spec, why, node, 1))
+
+
+def called(found, node, above=''):
+    """What patterns may call a node of a `Source` that stands at the path ``above`` in a net."""
+    return [f'{above}.{name}' if above else name for name in (node.name, found.path(node))]
 
 
 def _operator(name, argument):

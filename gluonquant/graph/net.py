@@ -61,6 +61,8 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
     Outputs: those of the graph.
     """
 
+    only_infers = False     # as of a QuantizedLayer
+
     def __init__(self, graph, parameters, inputs, paths=None, form=None, scope=None, decisions=(), known=None):
         super().__init__(prefix='')             # Parameters keep their names
         self._own_prefix = mx.name.NameManager.current.get(None, 'graphnet') + '_'      # of the quantizers' Parameters
@@ -224,7 +226,7 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
             return inputs
         if node.op == FOLDED:
             return self._run_folded(F, node, inputs)
-        if node.op == 'Deconvolution' and node.inputs[1].node.op != VARIABLE:
+        if node.op == 'Deconvolution' and node.inputs[1].node.op != VARIABLE and not self.only_infers:
             return Q.computed_deconvolution(F, lambda *tensors: invoke(F, node, tensors), *inputs)
         if len(inputs) > 2 and node.inputs[2].node.op == BIAS and self._rows_are_samples(node):
             geometry = Layer.of(node.op, node.attrs)

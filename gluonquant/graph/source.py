@@ -94,7 +94,7 @@ def as_graph(net, params=None, inputs='data'):
     Of a float net, symbol or symbol file: one that `gluonquant.fold` merges, `draw` draws and `attach` quantizes. Of a
     net that `convert` has changed: one that shares its quantizers, too. Arguments and errors as for `read`.
     """
-    if isinstance(net, Block) and layers(net):
+    if isinstance(net, Block) and not isinstance(net, GraphNet) and quantizers(net):
         with marked(net) as marks:
             found = _traced(net, [inputs] if isinstance(inputs, str) else list(inputs))
         known = place_quantizers(found.graph, marks)
@@ -121,7 +121,9 @@ def _from_symbol_block(block):
     known = block.collect_params()
     parameters = {name: known[name] for name in graph.variables() if name not in names}
     paths = {parameter.name: path for path, parameter in block._collect_params_with_prefix().items()}
-    return Source(graph, parameters, names, paths, block._out_format)
+    begins = {name[:-len(path)] for name, path in paths.items() if name.endswith(path)}     # all names with it
+    scope = {begin: '' for begin in begins if begin and len(begins) == 1}
+    return Source(graph, parameters, names, {name: paths[name] for name in parameters}, block._out_format, scope)
 
 
 def _check_float(net):

@@ -61,6 +61,7 @@ class QuantizedLayer:
     weight_axis = 0         # the output channels of the weight
     _shared = None
     _norm = None            # the BatchNorm that is folded into the layer; no child of it
+    only_infers = False     # no detours for the sake of gradients, in graphs that nobody trains
     weight_factor = None    # one number per channel behind the weight quantizer, where a BatchNorm was merged
 
     @classmethod

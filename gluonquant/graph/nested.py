@@ -1,0 +1,31 @@
+"""Graphs that stand in a net of blocks, in the place of SymbolBlocks."""
+from ..layers import named_blocks
+from .net import GraphNet
+
+
+def graphs(net):
+    """{path: GraphNet} of the graphs that stand in the place of SymbolBlocks below ``net``."""
+    return {path: block for path, block in named_blocks(net) if isinstance(block, GraphNet) and block is not net}
+
+
+def put(net, path, made):
+    """Let a `GraphNet` stand for the SymbolBlock at ``path``, which it remembers."""
+    block = dict(named_blocks(net))[path]
+    made.__dict__['stands_for'] = block
+    _replace(net, block, made)
+    made.hybridize(True, **dict(block._flags))      # as a SymbolBlock always is
+
+
+def restore(net):
+    """Undo `put` everywhere below ``net``."""
+    for made in graphs(net).values():
+        _replace(net, made, made.stands_for)
+
+
+def _replace(net, old, new):
+    for _, block in list(named_blocks(net)):
+        # Not by setattr: Gluon lets nobody change the type of a child.
+        for place in (block._children, block.__dict__):
+            for name, value in place.items():
+                if value is old:
+                    place[name] = new

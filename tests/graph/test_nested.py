@@ -1,0 +1,317 @@
+"""Graphs inside a net of blocks, as the features of gluoncv's SSDs are: `convert` and everything behind it."""
+import mxnet as mx
+import numpy as np
+import pytest
+from mxnet import autograd, gluon, nd
+from mxnet.gluon import nn
+
+import gluonquant as gq
+from gluonquant.graph import GraphNet
+from gluonquant.layers import layers, quantizers
+
+
+class Body(nn.HybridBlock):
+    """A small residual net whose middle is a feature map, too."""
+
+    def __init__(self, up=False, **kwargs):
+        super().__init__(**kwargs)
+        with self.name_scope():
+            self.first = nn.Conv2D(8, 3, padding=1, use_bias=False, prefix='first_')
+            self.norm = nn.BatchNorm()
+            self.second = nn.Conv2D(8, 3, padding=1, use_bias=False, prefix='second_')
+            self.norm2 = nn.BatchNorm()
+            self.third = (nn.Conv2DTranspose if up else nn.Conv2D)(4, 3, strides=2, padding=1, prefix='third_')
+
+    def hybrid_forward(self, F, x):
+        x = F.relu(self.norm(self.first(x)))
+        x = F.relu(x + self.norm2(self.second(x)))
+        return x, F.relu(self.third(x))
+
+
+class Detector(nn.HybridBlock):
+    """Heads on the maps of a SymbolBlock; raw in training, decided in inference, as gluoncv's detectors are."""
+
+    def __init__(self, up=False, **kwargs):
+        super().__init__(**kwargs)
+        with self.name_scope():
+            body = Body(up, prefix='body_')
+            maps = body(mx.sym.var('data'))
+            self.features = gluon.SymbolBlock(mx.sym.Group(list(maps)), mx.sym.var('data'), body.collect_params())
+            self.scores = nn.HybridSequential()
+            self.places = nn.HybridSequential()
+            for heads, channels in ((self.scores, 3), (self.places, 4)):
+                for _ in range(2):
+                    heads.add(nn.Conv2D(channels, 3, padding=1))
+
+    def hybrid_forward(self, F, x):
+        maps = self.features(x)
+        scores, places = ([F.reshape(F.transpose(head(found), (0, 2, 3, 1)), shape=(0, -1, size))
+                           for found, head in zip(maps, heads)]
+                          for heads, size in ((self.scores, 3), (self.places, 4)))
+        scores, places = F.concat(*scores, dim=1), F.concat(*places, dim=1)
+        if autograd.is_training():
+            return scores, places
+        return F.softmax(scores).argmax(axis=-1), places
+
+
+WEIGHTS = ['features.first_weight', 'features.second_weight', 'features.third_weight']
+
+
+def pictures(seed=0):
+    return nd.array(np.random.default_rng(seed).uniform(-1, 1, (4, 3, 8, 8)))
+
+
+def made(up=False, values=True):
+    net = Detector(up)
+    if values:
+        mx.random.seed(0)
+        net.initialize(mx.init.Normal(0.3))
+        net(pictures())
+        for name, parameter in net.collect_params('.*(gamma|var|beta|mean)$').items():
+            parameter.set_data(nd.ones_like(parameter.data()) * name.endswith(('gamma', 'var')))
+    return net
+
+
+def converted(up=False, **options):
+    return gq.convert(made(up), **options)
+
+
+def ready(up=False, **options):
+    net = converted(up, **options)
+    gq.calibrate(net, [pictures()])
+    return net
+
+
+def outputs(net, x=None):
+    return [out.asnumpy() for out in net(pictures(1) if x is None else x)]
+
+
+def training_outputs(net):
+    with autograd.record():
+        out = net(pictures(1))
+        loss = sum((part ** 2).sum() for part in out)
+    loss.backward()
+    return [part.asnumpy() for part in out]
+
+
+def gradients(net):
+    training_outputs(net)
+    return {path: parameter.grad().asnumpy() for path, parameter in net._collect_params_with_prefix().items()
+            if parameter.grad_req != 'null'}
+
+
+def assert_equal(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        np.testing.assert_array_equal(one, other)
+
+
+def specs(net):
+    return {path: f'{quantizer.method} {quantizer.grid.bits}' for path, quantizer in quantizers(net, 'weight').items()}
+
+
+# ---------------------------------------------------------------- convert
+
+
+def test_layers_of_the_graph_are_quantized_and_all_heads_are_last_layers():
+    net = converted()
+    assert specs(net) == {'features.first_weight_quantizer': 'int8 8',
+                          'features.second_weight_quantizer': 'lsq 4',
+                          'features.third_weight_quantizer': 'lsq 4',
+                          **{f'{head}.{i}.weight_quantizer': 'int8 8' for head in ('scores', 'places') for i in (0, 1)}}
+    assert isinstance(net.features, GraphNet) and net._children['features'] is net.features
+
+
+def test_heads_on_one_map_share_its_quantizer():
+    net = converted()
+    assert net.places[0].input_quantizer is net.scores[0].input_quantizer
+    assert net.places[1].input_quantizer is not net.scores[0].input_quantizer
+
+
+def test_names_of_parameters_stay():
+    before = set(made()._collect_params_with_prefix())
+    after = converted()._collect_params_with_prefix()
+    assert before <= set(after) and set(WEIGHTS) <= before
+    assert all('_quantizer.' in name for name in set(after) - before)
+
+
+@pytest.mark.parametrize('up', [False, True])
+def test_switched_off_the_net_is_the_float_one(up):
+    expected = outputs(made(up))
+    net = converted(up)
+    assert_equal(outputs(gq.set_mode(net, 'off')), expected)
+
+
+def test_four_bits_are_not_float():
+    assert not np.array_equal(outputs(ready())[1], outputs(made())[1])
+
+
+def test_rules_and_exclude_reach_into_the_graph():
+    net = converted(rules=[gq.Rule('features.second*', weight_bits=2), gq.Rule('places', bits=6)],
+                    exclude=['features.third_fwd', 'scores.1'])
+    assert specs(net) == {'features.first_weight_quantizer': 'int8 8',
+                          'features.second_weight_quantizer': 'lsq 2', 'scores.0.weight_quantizer': 'int8 8',
+                          'places.0.weight_quantizer': 'int8 6', 'places.1.weight_quantizer': 'int8 6'}
+
+
+def test_a_graph_that_is_excluded_stays_a_symbol_block():
+    net = converted(exclude='features')
+    assert isinstance(net.features, gluon.SymbolBlock) and list(layers(net)) == ['scores.0', 'scores.1', 'places.0',
+                                                                                 'places.1']
+
+
+def test_a_wrong_pattern_names_what_there_is_in_the_graph():
+    with pytest.raises(ValueError, match="pattern 'features.frist_fwd' matches no layer. Did you mean "
+                                         "'features.first_fwd'"):
+        converted(exclude=['features.frist_fwd'])
+
+
+def test_a_failed_call_changes_nothing():
+    net = made()
+    expected = outputs(net)
+    with pytest.raises(TypeError, match='features: second_weight_quantizer.*nonsense'):
+        gq.convert(net, rules=[gq.Rule('features.second*', weight='dorefa', weight_options={'nonsense': 1})])
+    assert isinstance(net.features, gluon.SymbolBlock) and not quantizers(net)
+    assert_equal(outputs(net), expected)
+
+
+def test_a_net_of_nothing_but_a_graph_is_for_attach():
+    with pytest.raises(ValueError, match='use gq.attach'):
+        gq.convert(made().features)
+
+
+def test_a_second_conversion_is_refused():
+    with pytest.raises(RuntimeError, match='attached already|already converted'):
+        gq.convert(converted())
+
+
+def test_only_the_graph_may_have_layers():
+    class Around(nn.HybridBlock):
+        def __init__(self):
+            super().__init__()
+            self.features = made().features
+
+        def hybrid_forward(self, F, x):
+            return self.features(x)[1]
+    net = gq.convert(Around())
+    assert len(quantizers(net, 'weight')) == 3
+    gq.calibrate(net, [pictures()])
+    assert np.isfinite(net(pictures()).asnumpy()).all()
+
+
+# ---------------------------------------------------------------- training, inference, hybridize
+
+
+@pytest.mark.parametrize('up', [False, True])
+@pytest.mark.parametrize('fold', [None, 'frozen', 'batch'])
+def test_hybridized_and_not_give_the_same(up, fold):
+    found = []
+    for hybridized in (False, True):
+        net = converted(up)
+        if fold:
+            gq.fold(net, fold)
+        gq.calibrate(net, [pictures()])
+        net.hybridize(hybridized)
+        inferred = outputs(net)
+        net.hybridize(hybridized)       # a detector's graph depends on the mode: gluoncv hybridizes anew for each
+        found.append((inferred, training_outputs(net), gradients(net)))
+    (inferred, trained, slopes), (inferred_hybrid, trained_hybrid, slopes_hybrid) = found
+    assert_equal(inferred_hybrid, inferred)
+    for one, other in zip(trained_hybrid, trained):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    assert set(slopes) == set(slopes_hybrid)
+    for path, slope in slopes.items():
+        np.testing.assert_allclose(slopes_hybrid[path], slope, rtol=1e-3, atol=1e-3 * abs(slope).max() + 1e-6)
+
+
+def test_it_trains():
+    net = ready()
+    net.hybridize()
+    trainer = gluon.Trainer(net.collect_params(), 'sgd', {'learning_rate': 0.01, 'momentum': 0.9})
+    losses = []
+    for _ in range(20):
+        with autograd.record():
+            scores, places = net(pictures())
+            loss = ((scores - 1) ** 2).mean() + (places ** 2).mean()
+        loss.backward()
+        trainer.step(1)
+        losses.append(float(loss.asscalar()))
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_ranges_and_clipped_reach_the_graph():
+    net = ready()
+    assert 'features.second_weight_quantizer' in gq.ranges(net)
+    assert set(gq.clipped(net, [pictures()])) == set(gq.ranges(net))
+
+
+def test_the_summary_has_the_layers_of_the_graph():
+    rows = {row.name: row.weight for row in gq.summary(ready()).rows}
+    assert list(rows)[:3] == ['features.first_fwd', 'features.second_fwd', 'features.third_fwd']
+    assert rows['features.second_fwd'] == 'lsq 4s' and len(rows) == 7
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize('fold', [None, 'frozen'])
+def test_save_and_load(tmp_path, fold):
+    net = converted()
+    if fold:
+        gq.fold(net, fold)
+    gq.calibrate(net, [pictures()])
+    gq.freeze_batchnorm(gq.freeze(net))
+    gq.save(net, tmp_path / 'net.npz')
+    for other in (made(values=False), made()):
+        again = gq.load(tmp_path / 'net.npz', other)
+        assert_equal(outputs(again), outputs(net))
+        assert_equal(training_outputs(again), training_outputs(net))
+        gq.load(tmp_path / 'net.npz', again)
+        assert_equal(outputs(again), outputs(net))
+
+
+def test_weights_go_back_into_a_float_net(tmp_path):
+    gq.save(ready(), tmp_path / 'net.npz')
+    assert_equal(outputs(gq.load_weights(tmp_path / 'net.npz', made(values=False))), outputs(made()))
+
+
+def test_a_file_of_another_net_changes_nothing(tmp_path):
+    gq.save(ready(up=True), tmp_path / 'net.npz')
+    net = made()
+    with pytest.raises(ValueError, match='has shape'):
+        gq.load(tmp_path / 'net.npz', net)
+    assert isinstance(net.features, gluon.SymbolBlock) and not quantizers(net)
+    assert_equal(outputs(net), outputs(made()))
+    with pytest.raises(ValueError, match='features.*another graph'):
+        gq.load(tmp_path / 'net.npz', ready())
+
+
+def test_a_file_without_the_graph_does_not_fit_a_net_with_it(tmp_path):
+    gq.save(ready(exclude='features'), tmp_path / 'net.npz')
+    with pytest.raises(ValueError, match="'features' is quantized in the net, but float in the file"):
+        gq.load(tmp_path / 'net.npz', ready())
+
+
+# ---------------------------------------------------------------- as one graph
+
+
+@pytest.mark.parametrize('up', [False, True])
+@pytest.mark.parametrize('fold', [None, 'frozen'])
+def test_as_one_graph(up, fold):
+    net = converted(up)
+    if fold:
+        gq.fold(net, fold)
+    gq.calibrate(net, [pictures()])
+    expected = outputs(net)
+    whole = gq.graph.as_graph(net)
+    assert_equal(outputs(whole), expected)
+    assert_equal(outputs(net), expected)
+    assert set(quantizers(whole)) == {path for path, quantizer in quantizers(net).items()}
+    training_outputs(net)       # as before, detours for gradients included
+
+
+def test_a_merged_net_gives_what_the_folded_one_gave():
+    net = gq.fold(converted(), 'frozen')
+    gq.calibrate(net, [pictures()])
+    folded = outputs(net)[1]
+    np.testing.assert_allclose(outputs(gq.fold(net, 'merge'))[1], folded, rtol=1e-4, atol=1e-4)
