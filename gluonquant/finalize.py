@@ -6,7 +6,7 @@ import numpy as np
 from mxnet import nd
 from mxnet.gluon import Block
 
-from .graph import GraphNet, as_graph
+from .graph import inference_graph
 from .integer.constants import INT32, absorb, bias_codes
 from .quantizers import OBSERVE, LSQPlusActivation
 from .symbol_graph import BIAS
@@ -54,7 +54,7 @@ def finalize(net, *, inputs='data', overflow='raise', int4=False):
         raise ValueError(f"overflow={overflow!r}: pass 'raise' or 'zero'")
     if not isinstance(net, Block):
         raise TypeError(f'net is a {type(net).__name__}: pass a net from gq.convert or gq.attach')
-    source = net if isinstance(net, GraphNet) else as_graph(net, inputs=inputs)
+    source = inference_graph(net, inputs)
     if not source._children:
         raise ValueError(f'{type(net).__name__} has no quantizer: quantize it with gq.convert or gq.attach first')
     for path, quantizer in source._children.items():

@@ -4,7 +4,7 @@ from collections import namedtuple
 
 import mxnet as mx
 
-from .symbol_graph import Graph
+from .symbol_graph import VARIABLE, Graph
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +28,11 @@ _KEEPING = {'Pooling', 'Concat', 'elemwise_add', 'broadcast_add', 'broadcast_plu
             'UpSampling', '_contrib_AdaptiveAvgPooling2D', '_contrib_BilinearResize2D', 'broadcast_like',
             'broadcast_maximum', 'broadcast_minimum', 'broadcast_to', 'broadcast_axis', 'reshape_like'}
 _ACTIVATIONS = {'relu', 'sigmoid', 'softrelu'}
+# What makes maps of activations of maps of activations.
+_MAPS = {'BatchNorm', 'LayerNorm', 'InstanceNorm', 'L2Normalization', 'Activation', 'relu', 'clip', 'LeakyReLU',
+         'Pooling', 'Concat', 'elemwise_add', 'broadcast_add', 'add_n', 'elemwise_mul', 'broadcast_mul', 'mean',
+         'Dropout', '_copy', 'identity', 'Pad', 'pad', 'UpSampling', '_contrib_AdaptiveAvgPooling2D',
+         '_contrib_BilinearResize2D', 'slice_like', '_contrib_ROIAlign', 'ROIPooling', 'BlockGrad', 'Cast', 'amp_cast'}
 # What reads only the shape of an input, or where to look: {operator: slots of the inputs whose values count}.
 _VALUES = {'slice_like': (0,), 'broadcast_like': (0,), 'reshape_like': (0,), 'zeros_like': (), 'ones_like': (),
            'shape_array': (), 'size_array': (), 'ROIPooling': (0,), '_contrib_ROIAlign': (0,),
@@ -90,11 +95,32 @@ def last_layers(graph):
 
     Where a region proposal says to look is no dependence.
     """
-    leads = set()       # nodes whose values a layer depends on
+    leading = leads(graph)
+    return {node for node in graph.nodes() if node.op in LAYER_OPS and node not in leading}
+
+
+def leads(graph):
+    """The nodes whose values a layer depends on."""
+    found = set()
     for node in reversed(graph.nodes()):
-        if node.op in LAYER_OPS or node in leads:
-            leads.update(entry.node for entry in values(node))
-    return {node for node in graph.nodes() if node.op in LAYER_OPS and node not in leads}
+        if node.op in LAYER_OPS or node in found:
+            found.update(entry.node for entry in values(node))
+    return found
+
+
+def decisions(graph):
+    """Nodes that only decode and select what layers have predicted, as a detector's boxes are: no layer depends on
+    them, and what they read has been reshaped, squashed or cut since it left a layer.
+    """
+    leading, map_like, found = leads(graph), set(), set()
+    for node in graph.nodes():
+        if node.op in (VARIABLE, *LAYER_OPS) or \
+                (node.op in _MAPS and any(entry.node in map_like for entry in values(node))):
+            map_like.add(node)
+        if node.op not in (VARIABLE, *LAYER_OPS) and node not in leading and \
+                not any(entry.node in map_like for entry in values(node)):
+            found.add(node)
+    return found
 
 
 def values(node):

@@ -7,7 +7,7 @@ from mxnet import autograd, nd
 
 from .export.onnx_file import is_final, require
 from .finalize import finalize
-from .graph import GraphNet, as_graph
+from .graph import inference_graph
 from .integer import Runner
 from .integer.operators import TABLE
 from .integer.values import Mean, Products, Real
@@ -211,7 +211,7 @@ def _tensors(path, model):
 def _gluon_rungs(net, inputs):
     if is_final(net):
         return [('final', net)]
-    source = net if isinstance(net, GraphNet) else as_graph(net, inputs=inputs)
+    source = inference_graph(net, inputs)
     return [('trained', source), ('final', finalize(source))]
 
 

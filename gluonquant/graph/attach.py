@@ -11,17 +11,16 @@ from ..symbol_graph import QUANTIZE, Entry, numbered
 from . import source
 from .decide import Plan
 from .explain import decisions_about
-from .net import GraphNet
 from .place import Placed, place, place_for
 from .target import find, full_range
 
 OPS = ('Convolution', 'FullyConnected', 'Deconvolution', 'Concat', 'Pooling', 'add_n', 'elemwise_add')
 
 
-def attach(net, bits=4, *, params=None, inputs='data', shapes=None, ops=OPS, target=None, method=None, weight=None,
-           activation=None, weight_bits=None, activation_bits=None, first_last_bits=8, exclude=(), skip=None, only=None,
-           skip_scalars=False, rules=(), per_channel=None, signed=None, weight_options=None, activation_options=None,
-           table=None, freeze_batchnorm=False):
+def attach(net, bits=4, *, params=None, inputs='data', training_inputs=None, shapes=None, ops=OPS, target=None,
+           method=None, weight=None, activation=None, weight_bits=None, activation_bits=None, first_last_bits=8,
+           exclude=(), skip=None, only=None, skip_scalars=False, rules=(), per_channel=None, signed=None,
+           weight_options=None, activation_options=None, table=None, freeze_batchnorm=False):
     """Quantize the graph of a net: weights, and the tensors between operators, inside blocks too.
 
     The net itself does not change; it and the result share their Parameters. Calibrate, hybridize, train the result.
@@ -37,6 +36,9 @@ def attach(net, bits=4, *, params=None, inputs='data', shapes=None, ops=OPS, tar
         With a symbol or a file: the path of a ``.params`` file, or {name: array}.
     inputs : str or sequence of str
         Names for, or of, the net's inputs.
+    training_inputs : str or sequence of str, optional
+        Those in training, of a block that takes others there, such as targets: ('data', 'gt_boxes', ...). What a block
+        does in training is traced by itself where it is something else than in inference.
     shapes : dict, optional
         {input: shape}; helps ``skip_scalars`` to see which tensors have one element.
     ops : sequence of str
@@ -79,7 +81,7 @@ def attach(net, bits=4, *, params=None, inputs='data', shapes=None, ops=OPS, tar
         signed = target.signed
     base = base_config(bits, method, (weight, weight_bits, weight_options), (activation, activation_bits,
                        activation_options), per_channel, signed, None)
-    found = source.read(net, params, inputs)
+    found = source.read(net, params, inputs, training_inputs)
     exclude, rules = read_patterns(exclude, rules)
     plan = Plan(found, base, first_last_bits, ops, skip, only, exclude, rules)
     check_patterns(exclude, rules, dict.fromkeys(name for names in plan.names.values() for name in names), 'node')
@@ -107,7 +109,7 @@ def build(found, plan, target=None):
     """
     graph = found.graph
     if target is None:
-        places, refused, passed = place(plan.wishes), {}, {}
+        places, refused, passed = place(plan.wishes, graph.twins()), {}, {}
     else:
         places, refused, passed = place_for(target, graph, plan.wishes, plan.base.activation, found.label)
 
@@ -120,7 +122,7 @@ def build(found, plan, target=None):
         raise ValueError(f'nothing is left to quantize among the {len(plan.nodes)} operators')
     order = {plan.paths.get(node): number for number, node in enumerate(graph.nodes())}
     decisions = sorted(decisions_about(plan, placed, refused, passed), key=lambda decision: order[decision.node])
-    made = GraphNet(graph, found.parameters, found.inputs, found.paths, found.form, found.scope, decisions)
+    made = found.net(decisions)
     for quantizer in quantizers(made, 'weight').values():
         if quantizer.bound is not None and quantizer.bound._data is not None:       # see convert.apply
             quantizer.bound.reset_ctx(quantizer.bound.list_ctx())

@@ -34,7 +34,7 @@ def marked(net):
             norm.__dict__['_folded_class'], norm.__class__ = type(norm), norm._float_class
     whole = {part: part.graph for part in inner.values()}
     for path, part in inner.items():
-        part.graph, part._nodes, part.only_infers = _unfolded(part.graph), None, True
+        part.graph, part._nodes, part.only_infers = _unfolded(part.graph), {}, True
         for node in part.graph.nodes():
             if node.op == QUANTIZE and f"{path}.{node.attrs['quantizer']}" not in marks:
                 name, quantizer = f"{path}.{node.attrs['quantizer']}", part._children[node.attrs['quantizer']]
@@ -44,7 +44,7 @@ def marked(net):
         yield marks
     finally:
         for part, graph in whole.items():
-            part.graph, part._nodes = graph, None
+            part.graph, part._nodes = graph, {}
             del part.only_infers
         for quantizer, _ in marks.values():
             del quantizer.forward

@@ -7,7 +7,7 @@ from ..grid import check_bits
 from ..plan import end_config, settle_sign, start
 from ..registry import nearest
 from ..symbol_graph import VARIABLE, canonical
-from ..trace import LAYER_OPS, last_layers, nonnegative
+from ..trace import LAYER_OPS, decisions, last_layers, nonnegative
 from .names import bound_variable
 from .net import Decision
 from .place import Wish
@@ -48,8 +48,9 @@ class Plan:
         self.skip, self.only = (_counts(value, name, self.nodes) for value, name in ((skip, 'skip'), (only, 'only')))
         self.ends = self._find_ends() if ends is None else ends
         self.nonnegative = nonnegative(self.graph)
+        self.deciding = decisions(self.graph)
         self.scalars = {}
-        self.moving = self._moving(set(found.inputs))
+        self.moving = self._moving({*found.inputs, *(found.training[0] if isinstance(found.training, tuple) else ())})
         self.wishes, self.weights, self.decisions = [], [], []
 
     def _moving(self, inputs):
@@ -86,10 +87,13 @@ class Plan:
 
     def decide(self):
         """Collect the wishes of all nodes."""
-        seen = Counter()
+        seen, twins = Counter(), self.graph.twins()
+        numbers = {}
         for node in self.nodes:
-            seen[node.op] += node.op in self.ops
-            reason = self._refusal(node, seen[node.op])
+            if node not in twins:
+                seen[node.op] += node.op in self.ops
+                numbers[node] = seen[node.op]
+            reason = self._refusal(node, numbers[twins.get(node, node)])
             if reason is None:
                 self._wish(node, *self._config(node))
             else:
@@ -118,6 +122,8 @@ class Plan:
             return 'first or last layer, first_last_bits=None'
         if node.op in LAYER_OPS and node.inputs[1].node in self.moving:
             return 'its weight is computed from data'
+        if node in self.deciding:
+            return 'it decodes predictions: no layer depends on it'
         return None
 
     def _config(self, node):

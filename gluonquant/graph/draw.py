@@ -7,9 +7,8 @@ from html import escape
 
 import mxnet as mx
 
-from .net import GraphNet
 from .picture import collapsed, make_picture
-from .source import as_graph
+from .source import inference_graph
 
 FORMATS = ('.dot', '.pdf', '.png', '.svg')
 # Paul Tol's light scheme, told apart by colour-blind people too, and a shade more for methods that are related.
@@ -57,7 +56,7 @@ def draw(net, path, *, inputs='data', collapse=True, title=''):
     if extension not in FORMATS:
         raise ValueError(f'{path!r} has the extension {extension!r}: known are {", ".join(FORMATS)}')
     mx.nd.waitall()         # reading does not wait for ranges that a static graph still writes
-    picture = make_picture(net if isinstance(net, GraphNet) else as_graph(net, inputs=inputs))
+    picture = make_picture(inference_graph(net, inputs))
     if collapse:
         picture = collapsed(picture)
     text = dot_text(picture, title).encode()

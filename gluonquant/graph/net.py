@@ -3,9 +3,11 @@ import copy
 import json
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, List, NamedTuple
 
 import mxnet as mx
 import numpy as np
+from mxnet import autograd
 from mxnet.gluon import HybridBlock, Parameter
 from mxnet.gluon.block import _regroup
 
@@ -18,6 +20,7 @@ from ..symbol_graph import (
     BIAS,
     FOLDED,
     QUANTIZE,
+    TWIN,
     VARIABLE,
     Graph,
     Node,
@@ -30,6 +33,20 @@ from ..trace import LAYER_OPS
 from .names import bound_variable, layer_path, short_name
 from .rework import Decision, Reworked
 from .target import grids
+
+
+class Training(NamedTuple):
+    """What a net takes and returns in training, where that is not what it does in inference.
+
+    inputs : list of str.  form : as of a `GraphNet`.  heads : int, how many of the graph's last heads these are.
+    """
+    inputs: List[str]
+    form: Any
+    heads: int
+
+
+# What a hybridized block keeps of its graph.
+_CACHE = ('_cached_graph', '_cached_op', '_cached_op_args', '_in_format', '_out_format')
 
 
 class GraphNet(Reworked, FusedGraph, HybridBlock):
@@ -54,6 +71,9 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
         in each process.
     decisions : list of Decision
         What `explain` tells.
+    training : Training or str, optional
+        What it does in training, as detectors do: the graph has all that both need, and hybridized, the net keeps a
+        graph of each. A str says why nobody knows. None: the same as in inference.
     known : dict, {path: Quantizer}, optional
         Quantizers to share with another net, where new ones are made by default.
 
@@ -63,7 +83,8 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
 
     only_infers = False     # as of a QuantizedLayer
 
-    def __init__(self, graph, parameters, inputs, paths=None, form=None, scope=None, decisions=(), known=None):
+    def __init__(self, graph, parameters, inputs, paths=None, form=None, scope=None, decisions=(), training=None,
+                 known=None):
         super().__init__(prefix='')             # Parameters keep their names
         self._own_prefix = mx.name.NameManager.current.get(None, 'graphnet') + '_'      # of the quantizers' Parameters
         self.graph = graph
@@ -72,8 +93,10 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
         self.form = form
         self.scope = dict(scope or {})
         self.decisions = list(decisions)
+        self.training = Training(*training) if isinstance(training, (list, tuple)) else training
+        self._mode, self._kept = False, {}      # whether the cached graph is that of training; the other one
         self._variables = {path: name for name, path in self.paths.items()}
-        self._nodes, self._grids, self._prefixes = None, None, set()
+        self._nodes, self._grids, self._prefixes = {}, None, set()
         for name, parameter in parameters.items():
             self.params.update({parameter.name: parameter})
             self._reg_params[self.paths[name]] = parameter
@@ -81,18 +104,25 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
         for node in graph.nodes():
             if node.op == QUANTIZE or 'quantizer' in node.attrs:
                 self._add_quantizer(node, known or {})
-                self._children[node.attrs['quantizer']].tensors.append(short_name(node.inputs[0].node.name, self.scope))
+                self._note_tensor(node)
         for node in graph.nodes():
             if node.op == BIAS:
                 self._add_bias_quantizer(node)
 
+    def _note_tensor(self, node):
+        tensors, source = self._children[node.attrs['quantizer']].tensors, node.inputs[0].node
+        name = short_name(source.attrs.get(TWIN, source.name), self.scope)
+        if TWIN not in source.attrs or name not in tensors:     # twins: the same tensor, in inference and in training
+            tensors.append(name)
+
     def _check_variables(self):
         variables = self.graph.variables()
-        for name in self.inputs:
+        trained = self.training.inputs if isinstance(self.training, Training) else []
+        for name in [*self.inputs, *trained]:
             if name not in variables or name in self.paths:
                 raise ValueError(f'the graph has no input {name!r}.{nearest(name, variables)}')
         for name in variables:
-            if name not in self.paths and name not in self.inputs:
+            if name not in self.paths and name not in self.inputs and name not in trained:
                 raise ValueError(f'variable {name!r} is neither a Parameter nor an input')
 
     def _add_quantizer(self, node, known):
@@ -191,7 +221,7 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
 
     def label(self, node):
         """The name of a node as users read it: the path of the layer whose weight it reads, or its short name."""
-        return layer_path(node, self.paths) or short_name(node.name, self.scope)
+        return layer_path(node, self.paths) or short_name(node.attrs.get(TWIN, node.name), self.scope)
 
     def compute(self, entry):
         """The array of a tensor that depends on Parameters only."""
@@ -204,18 +234,56 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
     def rewriting(self):
         """Around changes of the graph: what was traced before is forgotten."""
         yield self.graph
-        self._nodes = self._grids = None
+        self._nodes, self._grids = {}, None
         self._clear_cached_op()
 
+    def _clear_cached_op(self):
+        super()._clear_cached_op()
+        self.__dict__['_kept'] = {}
+
+    def forward(self, x, *args):
+        if self.training is not None and autograd.is_training() != self._mode:
+            kept = {name: self.__dict__[name] for name in _CACHE}
+            other, self._kept = self._kept, kept
+            if not other:
+                super()._clear_cached_op()
+            self.__dict__.update(other)
+            self._mode = not self._mode
+        return super().forward(x, *args)
+
     def hybrid_forward(self, F, x, /, *args, **params):
-        if len(args) + 1 != len(self.inputs):
-            raise ValueError(f'the net takes {len(self.inputs)} inputs ({", ".join(self.inputs)}), not {len(args) + 1}')
-        if self._nodes is None:
-            self._nodes = [*self.graph.nodes(), self.graph.heads]
+        trains = self.training is not None and autograd.is_training()
+        if trains and isinstance(self.training, str):
+            raise RuntimeError('the net does something else in training than in inference, and nobody knows what '
+                               f'({self.training}). Name what it takes: gq.attach(net, training_inputs=(...))')
+        inputs, form = self.training[:2] if trains else (self.inputs, self.form)
+        if len(args) + 1 != len(inputs):
+            raise ValueError(f'the net takes {len(inputs)} inputs ({", ".join(inputs)}), not {len(args) + 1}')
+        if trains not in self._nodes:
+            heads = Node(self.graph.heads.op, '', {}, self.heads(trains), [])
+            self._nodes[trains] = [*ancestors(heads.inputs), heads]
+        nodes = self._nodes[trains]
         values = {self._variables[path]: value for path, value in params.items()}
-        values.update(zip(self.inputs, (x, *args)))
-        out = evaluate(F, self._nodes, values, self._run)[self.graph.heads]
-        return _regroup(out, self.form) if self.form is not None else out[0] if len(out) == 1 else out
+        values.update(zip(inputs, (x, *args)))
+        out = evaluate(F, nodes, values, self._run)[nodes[-1]]
+        return _regroup(out, form) if form is not None else out[0] if len(out) == 1 else out
+
+    def heads(self, training=False):
+        """The entries that the net returns."""
+        count = self.training.heads if isinstance(self.training, Training) else 0
+        heads = self.graph.heads.inputs
+        return heads[len(heads) - count:] if training and count else heads[:len(heads) - count]
+
+    def inference(self):
+        """What the net does in inference only, with the same Parameters and quantizers; itself if it does no more."""
+        if self.training is None:
+            return self
+        graph = self.graph.part(self.heads())
+        names = [name for name in graph.variables() if name in self.paths]
+        known = {path: child for path, child in self._children.items()
+                 if not isinstance(child, quantizers.BiasQuantizer)}
+        return GraphNet(graph, {name: self.parameter(name) for name in names}, self.inputs, self.paths, self.form,
+                        self.scope, self.decisions, 'it was taken for inference', known)
 
     def _run(self, F, node, inputs):
         if node.op == QUANTIZE:
@@ -270,7 +338,8 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
                 op, attrs, settings = parts(node)
                 about = op, attrs, settings._replace(frozen=None), node.attrs.get('spec')
             found.append((node.op, about, [(number[entry.node], entry.index) for entry in node.inputs]))
-        return [*found, [(number[entry.node], entry.index) for entry in self.graph.heads.inputs]]
+        return [*found, [(number[entry.node], entry.index) for entry in self.graph.heads.inputs],
+                self.training and self.training[0], self.training and self.training[-1]]
 
     def take_frozen(self, other):
         """Freeze those BatchNorms that are frozen in an equal net."""
@@ -282,7 +351,7 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
     def describe(self):
         """Plain values, for JSON, from which `from_description` makes an equal net, but for Parameters' values."""
         return {'graph': self.graph.dump(), 'inputs': self.inputs, 'form': self.form, 'scope': self.scope,
-                'decisions': self.decisions,
+                'decisions': self.decisions, 'training': self.training,
                 'parameters': {name: {'path': path, 'shape': self.parameter(name).shape,
                                       'dtype': np.dtype(self.parameter(name).dtype).name,
                                       'grad_req': self.parameter(name).grad_req,
@@ -311,7 +380,7 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
                 raise ValueError(f'Parameter {path!r} of the graph is missing in the net')
         graph = Graph.read(values['graph'])
         return cls(graph, own, values['inputs'], paths, values['form'], values['scope'],
-                   [Decision(*decision) for decision in values['decisions']])
+                   [Decision(*decision) for decision in values['decisions']], values.get('training'))
 
     def __deepcopy__(self, memo):
         # Not by __reduce_ex__: a Parameter knows its Trainer, that knows the quantizers, and these know the net.

@@ -41,12 +41,16 @@ class Placed(NamedTuple):
     reason: str
 
 
-def place(wishes):
-    """One `Place` for each tensor that is wished for; the widest grid wins where readers differ."""
-    places = []
+def place(wishes, twins=None):
+    """One `Place` for each tensor that is wished for; the widest grid wins where readers differ.
+
+    ``twins``: {node: node}; their tensors, which are one in inference and in training, share a quantizer.
+    """
+    places, twins = [], twins or {}
     for entry, asked in _by_tensor(wishes).items():
         spec, why = _widest(asked)
-        places.append(Place(entry, spec, [(wish.reader, wish.slot) for wish in asked], entry, why))
+        group = entry._replace(node=twins.get(entry.node, entry.node))
+        places.append(Place(entry, spec, [(wish.reader, wish.slot) for wish in asked], group, why))
     return places
 
 
@@ -74,7 +78,7 @@ def place_for(target, graph, wishes, base, label):
         wishes = _without_fused_sums(target, graph, wishes, refused, label)
     if target.outputs and base.method != 'none':
         wishes += _outputs(target, graph, wishes, base, label)
-    region = _regions(target, nodes)
+    region = _regions(target, nodes, graph.twins())
     asked = _by_tensor(wishes)
     settings = {}
     for entry, own in asked.items():
@@ -188,7 +192,7 @@ def _is_relu(node):
         (node.op == 'clip' and float(node.attrs['a_min']) == 0)
 
 
-def _regions(target, nodes):
+def _regions(target, nodes, twins):
     """A function that maps tensors of one common grid to the same tensor."""
     parent = {}
 
@@ -204,6 +208,9 @@ def _regions(target, nodes):
         first, second = root(first), root(second)
         if first != second:
             parent[second] = first
+    for node, twin in twins.items():
+        for index in range(max(1, _split(node))):
+            join(Entry(twin, index), Entry(node, index))
     for node in nodes:
         for entry in _carried(target, node):
             join(node.inputs[0], entry)

@@ -5,16 +5,17 @@ from typing import Any, Dict, List
 
 import mxnet as mx
 import numpy as np
+from mxnet import autograd
 from mxnet.gluon import Block, HybridBlock, SymbolBlock
 from mxnet.gluon.block import _flatten
 
 from ..layers import layers, quantizers
 from ..registry import nearest
-from ..symbol_graph import FOLDED, VARIABLE, Graph, integers
+from ..symbol_graph import FOLDED, TWIN, VARIABLE, Graph, integers
 from ..trace import LAYER_OPS, renew_variables
 from .converted import fold_again, marked, place_quantizers
 from .names import layer_path, scope_of, short_name
-from .net import GraphNet
+from .net import GraphNet, Training
 from .parameters import make_parameters
 
 # What Gluon's layers start with, by place; None: what the net is initialized with.
@@ -31,6 +32,12 @@ class Source:
     paths: Dict[str, str]
     form: Any = None
     scope: Dict[str, str] = field(default_factory=dict)
+    training: Any = None        # see `GraphNet`
+
+    def net(self, decisions=(), known=None):
+        """The `GraphNet`."""
+        return GraphNet(self.graph, self.parameters, self.inputs, self.paths, self.form, self.scope, decisions,
+                        self.training, known)
 
     def shapes(self):
         """{name: shape} of the Parameters whose shape is known."""
@@ -38,15 +45,15 @@ class Source:
                 if parameter.shape and all(size > 0 for size in parameter.shape)}
 
     def label(self, node):
-        """See `short_name`."""
-        return short_name(node.name, self.scope)
+        """See `short_name`; that of the node it stands for in training."""
+        return short_name(node.attrs.get(TWIN, node.name), self.scope)
 
     def path(self, node):
         """The path of the layer that a node belongs to, or its label."""
         return layer_path(node, self.paths) or self.label(node)
 
 
-def read(net, params=None, inputs='data'):
+def read(net, params=None, inputs='data', training_inputs=None):
     """The `Source` of what `attach` is given.
 
     Parameters
@@ -58,20 +65,24 @@ def read(net, params=None, inputs='data'):
         'aux:'. None: Parameters without values.
     inputs : str or sequence of str
         Names of the tensors that are passed; for a block, as many as it takes.
+    training_inputs : str or sequence of str, optional
+        Of a block that takes others in training.
 
     Raises
     ------
     ValueError
         See `Graph.read`; a Parameter that the file does not have, or has in another shape.
     """
-    inputs = [inputs] if isinstance(inputs, str) else list(inputs)
+    inputs = _names(inputs)
     if isinstance(net, GraphNet):
         return _again(net)
     if isinstance(net, SymbolBlock):
         return _from_symbol_block(net)
     if isinstance(net, Block):
         _check_float(net)
-        return _traced(net, inputs)
+        return _traced(net, inputs, _names(training_inputs, inputs))
+    if training_inputs is not None:
+        raise ValueError(f'training_inputs={training_inputs!r}: a {type(net).__name__} does the same in training')
     if isinstance(net, (str, os.PathLike)):
         try:
             with open(net, encoding='utf8') as file:
@@ -96,14 +107,22 @@ def as_graph(net, params=None, inputs='data'):
     """
     if isinstance(net, Block) and not isinstance(net, GraphNet) and quantizers(net):
         with marked(net) as marks:
-            found = _traced(net, [inputs] if isinstance(inputs, str) else list(inputs))
+            found = _traced(net, _names(inputs))
         known = place_quantizers(found.graph, marks)
         fold_again(found.graph, net)
-        made = GraphNet(found.graph, found.parameters, found.inputs, found.paths, found.form, found.scope, known=known)
+        made = found.net(known=known)
         made.hybridize(False)
         return made
-    found = read(net, params, inputs)
-    return GraphNet(found.graph, found.parameters, found.inputs, found.paths, found.form, found.scope)
+    return read(net, params, inputs).net()
+
+
+def inference_graph(net, inputs='data'):
+    """A net as a `GraphNet` that shares its Parameters and quantizers, of what it does in inference only."""
+    return net.inference() if isinstance(net, GraphNet) else as_graph(net, inputs=inputs)
+
+
+def _names(inputs, default=None):
+    return default if inputs is None else [inputs] if isinstance(inputs, str) else list(inputs)
 
 
 def _again(net):
@@ -112,7 +131,7 @@ def _again(net):
     if any(node.op == FOLDED for node in net.graph.nodes()):
         raise RuntimeError('BatchNorm is folded already: attach first, then fold')
     return Source(net.graph.copy(), {name: net.parameter(name) for name in net.paths}, net.inputs, net.paths, net.form,
-                  net.scope)
+                  net.scope, net.training)
 
 
 def _from_symbol_block(block):
@@ -135,29 +154,61 @@ def _check_float(net):
                            'fresh float net instead')
 
 
-def _traced(net, inputs):
+def _traced(net, inputs, training_inputs=None):
+    """The `Source` of a block; with ``training_inputs``, of what it does in training, too."""
     if not isinstance(net, HybridBlock):
         raise TypeError(f'{type(net).__name__} is no HybridBlock, so there is no graph. Use gq.convert')
     try:
-        out = net(*(mx.sym.var(name) for name in inputs))
-        flat, form = _flatten(out, 'output')
+        with autograd.pause(train_mode=False):
+            graph, form = _graph_of(net, inputs)
     except Exception as error:      # any net code may run here, and fail in its own way
         raise ValueError(f'{type(net).__name__} cannot be traced with the inputs {", ".join(inputs)} '
                          f'({type(error).__name__}: {error}). Name its inputs with inputs=(...), or use gq.convert'
                          ) from error
-    finally:
-        renew_variables(net)
-    graph = Graph.of(mx.sym.Group(flat))
+    training = _include_training(graph, net, inputs, training_inputs) if training_inputs is not None else None
     known = {parameter.name: parameter for parameter in net.collect_params().values()}
     parameters = {name: known[name] for name in graph.variables() if name in known}
-    missing = [name for name in graph.variables() if name not in known and name not in inputs]
+    given = [*inputs, *(training_inputs or ())]
+    missing = [name for name in graph.variables() if name not in known and name not in given]
     if missing:
-        raise ValueError(f'{missing[0]!r} is neither a Parameter of the net nor one of the inputs {inputs}')
+        raise ValueError(f'{missing[0]!r} is neither a Parameter of the net nor one of the inputs {given}')
     paths = {}
     for path, parameter in net._collect_params_with_prefix().items():
         paths.setdefault(parameter.name, path)
     return Source(graph, parameters, inputs, {name: paths[name] for name in parameters}, form,
-                  scope_of(net))
+                  scope_of(net), training)
+
+
+def _graph_of(net, inputs):
+    try:
+        out = net(*(mx.sym.var(name) for name in inputs))
+        flat, form = _flatten(out, 'output')
+    finally:
+        renew_variables(net)
+    return Graph.of(mx.sym.Group(flat)), form
+
+
+def _include_training(graph, net, inputs, training_inputs):
+    """Let ``graph`` return what ``net`` returns in training, too, if that is something else; see `GraphNet`."""
+    try:
+        with autograd.record():
+            other, form = _graph_of(net, training_inputs)
+        known = {*training_inputs, *(parameter.name for parameter in net.collect_params().values())}
+        for name in other.variables():      # None is a variable to operators
+            if name not in known:
+                raise ValueError(f'{name} is missing')
+    except Exception as error:      # it may need targets there, for example
+        if training_inputs != inputs:
+            raise ValueError(f'{type(net).__name__} cannot be traced in training with the inputs '
+                             f'{", ".join(training_inputs)} ({type(error).__name__}: {error})') from error
+        return f'{type(error).__name__}: {error}'
+    before = len(graph.nodes()), len(graph.heads.inputs)
+    graph.include(other)
+    if training_inputs == inputs and len(graph.nodes()) == before[0] and \
+            graph.heads.inputs[:before[1]] == graph.heads.inputs[before[1]:]:
+        graph.connect(graph.heads, graph.heads.inputs[:before[1]])
+        return None
+    return Training(training_inputs, form, len(other.heads.inputs))
 
 
 def _arrays(params):

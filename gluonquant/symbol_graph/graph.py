@@ -5,7 +5,7 @@ from collections import defaultdict
 import mxnet as mx
 
 from .file import parsed, up_to_date
-from .nodes import BIAS, FOLDED, OURS, QUANTIZE, VARIABLE, Entry, Node, ancestors, numbered, same
+from .nodes import BIAS, FOLDED, OURS, QUANTIZE, TWIN, VARIABLE, Entry, Node, ancestors, numbered, same
 from .operators import outputs, signature
 
 
@@ -138,6 +138,49 @@ class Graph:
         self.connect(node, inputs)
         return node
 
+    def include(self, other):
+        """Return the outputs of ``other``, too; what it computes as this graph does is computed once.
+
+        A node of this graph stands for at most one of ``other``, with the same operator, parameters and inputs, or the
+        same name if it is a variable. One that is added, but has operator and name of a node here, notes that name as
+        its twin; and so does what it reads of what is read there.
+        """
+        known, named, mine, added = defaultdict(list), {}, {}, []
+        for node in self.nodes():
+            known[_signature(node, node.inputs)].append(node)
+            named.setdefault((node.op, node.name), node)
+        for node in other.nodes():
+            inputs = [Entry(mine[entry.node], *entry[1:]) for entry in node.inputs]
+            equal, twin = known[_signature(node, inputs)], named.get((node.op, node.name))
+            if node.op == VARIABLE and twin is not None:
+                mine[node] = twin
+            elif node.op != VARIABLE and equal:
+                mine[node] = equal.pop(0)
+            else:
+                mine[node] = Node(node.op, self.free_name(node.name), dict(node.attrs), [], node.subgraphs)
+                self.connect(mine[node], inputs)
+                added.append((mine[node], twin))
+        alone = {node for node, twin in added if twin is None and node.op != VARIABLE}
+        for node, twin in added:
+            if twin is not None:
+                node.attrs[TWIN] = twin.name
+                for entry, theirs in zip(node.inputs, twin.inputs):
+                    if entry.node in alone:
+                        entry.node.attrs[TWIN] = theirs.node.name
+        self.connect(self.heads, [*self.heads.inputs, *(Entry(mine[entry.node], *entry[1:])
+                                                        for entry in other.heads.inputs)])
+
+    def part(self, heads):
+        """A copy of what the entries ``heads`` need; it returns these."""
+        whole, place = self.copy(), {node: number for number, node in enumerate(self.nodes())}
+        nodes = whole.nodes()
+        return Graph([Entry(nodes[place[entry.node]], *entry[1:]) for entry in heads], self.attrs)
+
+    def twins(self):
+        """{node that `include` added: the one of the same name that was there before}."""
+        named = {node.name: node for node in self.nodes()}
+        return {node: named[node.attrs[TWIN]] for node in named.values() if node.attrs.get(TWIN) in named}
+
     def strip(self):
         """Take the quantizers out, and BatchNorm out of the layers that it is folded into."""
         for node in self.nodes():
@@ -215,6 +258,11 @@ class Graph:
                     next(remaining)         # the output of the layer in it
                 found.update({(node, index): next(remaining) for index in range(outputs(node))})
         return {key: shape for key, shape in found.items() if shape}
+
+
+def _signature(node, inputs):
+    """What two nodes have in common that compute the same."""
+    return node.op, tuple(sorted(node.parameters.items())), tuple(entry[:2] for entry in inputs), str(node.subgraphs)
 
 
 def _described(node):

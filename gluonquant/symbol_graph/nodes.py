@@ -9,6 +9,7 @@ from typing import NamedTuple
 QUANTIZE, FOLDED, BIAS = 'gluonquant', 'gluonquant_folded', 'gluonquant_bias'
 OURS = (QUANTIZE, FOLDED, BIAS)
 VARIABLE = 'null'           # MXNet's word
+TWIN = '__twin__'           # attribute of a node that stands for another one where the net trains: its name
 
 
 @dataclass(eq=False)

@@ -1,109 +1,25 @@
 """Graphs inside a net of blocks, as the features of gluoncv's SSDs are: `convert` and everything behind it."""
-import mxnet as mx
 import numpy as np
 import pytest
-from mxnet import autograd, gluon, nd
+from detector_nets import Detector, assert_equal, gradients, made, outputs, pictures, training_outputs
+from mxnet import autograd, gluon
 from mxnet.gluon import nn
 
 import gluonquant as gq
 from gluonquant.graph import GraphNet
 from gluonquant.layers import layers, quantizers
 
-
-class Body(nn.HybridBlock):
-    """A small residual net whose middle is a feature map, too."""
-
-    def __init__(self, up=False, **kwargs):
-        super().__init__(**kwargs)
-        with self.name_scope():
-            self.first = nn.Conv2D(8, 3, padding=1, use_bias=False, prefix='first_')
-            self.norm = nn.BatchNorm()
-            self.second = nn.Conv2D(8, 3, padding=1, use_bias=False, prefix='second_')
-            self.norm2 = nn.BatchNorm()
-            self.third = (nn.Conv2DTranspose if up else nn.Conv2D)(4, 3, strides=2, padding=1, prefix='third_')
-
-    def hybrid_forward(self, F, x):
-        x = F.relu(self.norm(self.first(x)))
-        x = F.relu(x + self.norm2(self.second(x)))
-        return x, F.relu(self.third(x))
-
-
-class Detector(nn.HybridBlock):
-    """Heads on the maps of a SymbolBlock; raw in training, decided in inference, as gluoncv's detectors are."""
-
-    def __init__(self, up=False, **kwargs):
-        super().__init__(**kwargs)
-        with self.name_scope():
-            body = Body(up, prefix='body_')
-            maps = body(mx.sym.var('data'))
-            self.features = gluon.SymbolBlock(mx.sym.Group(list(maps)), mx.sym.var('data'), body.collect_params())
-            self.scores = nn.HybridSequential()
-            self.places = nn.HybridSequential()
-            for heads, channels in ((self.scores, 3), (self.places, 4)):
-                for _ in range(2):
-                    heads.add(nn.Conv2D(channels, 3, padding=1))
-
-    def hybrid_forward(self, F, x):
-        maps = self.features(x)
-        scores, places = ([F.reshape(F.transpose(head(found), (0, 2, 3, 1)), shape=(0, -1, size))
-                           for found, head in zip(maps, heads)]
-                          for heads, size in ((self.scores, 3), (self.places, 4)))
-        scores, places = F.concat(*scores, dim=1), F.concat(*places, dim=1)
-        if autograd.is_training():
-            return scores, places
-        return F.softmax(scores).argmax(axis=-1), places
-
-
 WEIGHTS = ['features.first_weight', 'features.second_weight', 'features.third_weight']
 
 
-def pictures(seed=0):
-    return nd.array(np.random.default_rng(seed).uniform(-1, 1, (4, 3, 8, 8)))
-
-
-def made(up=False, values=True):
-    net = Detector(up)
-    if values:
-        mx.random.seed(0)
-        net.initialize(mx.init.Normal(0.3))
-        net(pictures())
-        for name, parameter in net.collect_params('.*(gamma|var|beta|mean)$').items():
-            parameter.set_data(nd.ones_like(parameter.data()) * name.endswith(('gamma', 'var')))
-    return net
-
-
 def converted(up=False, **options):
-    return gq.convert(made(up), **options)
+    return gq.convert(made(Detector(up)), **options)
 
 
 def ready(up=False, **options):
     net = converted(up, **options)
     gq.calibrate(net, [pictures()])
     return net
-
-
-def outputs(net, x=None):
-    return [out.asnumpy() for out in net(pictures(1) if x is None else x)]
-
-
-def training_outputs(net):
-    with autograd.record():
-        out = net(pictures(1))
-        loss = sum((part ** 2).sum() for part in out)
-    loss.backward()
-    return [part.asnumpy() for part in out]
-
-
-def gradients(net):
-    training_outputs(net)
-    return {path: parameter.grad().asnumpy() for path, parameter in net._collect_params_with_prefix().items()
-            if parameter.grad_req != 'null'}
-
-
-def assert_equal(found, expected):
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected):
-        np.testing.assert_array_equal(one, other)
 
 
 def specs(net):
@@ -137,7 +53,7 @@ def test_names_of_parameters_stay():
 
 @pytest.mark.parametrize('up', [False, True])
 def test_switched_off_the_net_is_the_float_one(up):
-    expected = outputs(made(up))
+    expected = outputs(made(Detector(up)))
     net = converted(up)
     assert_equal(outputs(gq.set_mode(net, 'off')), expected)
 

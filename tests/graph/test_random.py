@@ -19,7 +19,7 @@ import gluonquant as gq
 from gluonquant.graph import OPS, TARGETS, as_graph
 from gluonquant.layers import quantizers
 from gluonquant.plan import PRESETS
-from gluonquant.symbol_graph import QUANTIZE, VARIABLE, Entry, Graph, evaluate, invoke
+from gluonquant.symbol_graph import QUANTIZE, VARIABLE, Entry, Graph, ancestors, evaluate, invoke
 from gluonquant.trace import LAYER_OPS
 
 few, fewer = (settings(max_examples=count, deadline=None) for count in (25, 10))
@@ -408,10 +408,11 @@ def test_a_tensor_has_the_most_bits_that_those_who_read_it_ask_for(case):
     assume(case.options['target'] is None)
     graph = case.attach().graph
     layers = [node for node in operators(graph) if node.op in LAYER_OPS]
-    dense = [node for node in layers if node.op == 'FullyConnected']
+    before = {other for node in layers for other in ancestors(node.inputs)}
     asked = dict.fromkeys(graph.nodes(), case.options['bits'])
     if layers:
-        asked.update(dict.fromkeys([layers[0], (dense or layers)[-1]], case.options['first_last_bits']))
+        ends = [layers[0], *(node for node in layers if node not in before)]
+        asked.update(dict.fromkeys(ends, case.options['first_last_bits']))
     for node in graph.nodes():
         if node.op == QUANTIZE:
             assert json.loads(node.attrs['spec'])['bits'] == max(asked[reader] for reader in graph.readers(node))
