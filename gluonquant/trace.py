@@ -34,9 +34,11 @@ _MAPS = {'BatchNorm', 'LayerNorm', 'InstanceNorm', 'L2Normalization', 'Activatio
          'Dropout', '_copy', 'identity', 'Pad', 'pad', 'UpSampling', '_contrib_AdaptiveAvgPooling2D',
          '_contrib_BilinearResize2D', 'slice_like', '_contrib_ROIAlign', 'ROIPooling', 'BlockGrad', 'Cast', 'amp_cast'}
 # What reads only the shape of an input, or where to look: {operator: slots of the inputs whose values count}.
-_VALUES = {'slice_like': (0,), 'broadcast_like': (0,), 'reshape_like': (0,), 'zeros_like': (), 'ones_like': (),
-           'shape_array': (), 'size_array': (), 'ROIPooling': (0,), '_contrib_ROIAlign': (0,),
-           '_contrib_RROIAlign': (0,), '_contrib_PSROIPooling': (0,), '_contrib_DeformablePSROIPooling': (0,)}
+_VALUES = {**dict.fromkeys(('slice_like', 'broadcast_like', 'reshape_like', 'take', 'batch_take', 'pick', 'gather_nd',
+                            'SequenceMask', '_contrib_boolean_mask', 'ROIPooling', '_contrib_ROIAlign',
+                            '_contrib_RROIAlign', '_contrib_PSROIPooling', '_contrib_DeformablePSROIPooling'), (0,)),
+           **dict.fromkeys(('zeros_like', 'ones_like', 'shape_array', 'size_array', 'argmax', 'argmin', 'argsort',
+                            'one_hot'), ()), 'where': (1, 2), 'Embedding': (1,)}
 
 
 def trace(net):

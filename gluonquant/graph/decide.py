@@ -6,7 +6,7 @@ from ..config import matches
 from ..grid import check_bits
 from ..plan import end_config, settle_sign, start
 from ..registry import nearest
-from ..symbol_graph import VARIABLE, canonical
+from ..symbol_graph import VARIABLE, ancestors, canonical
 from ..trace import LAYER_OPS, decisions, last_layers, nonnegative
 from .names import bound_variable
 from .net import Decision
@@ -48,7 +48,7 @@ class Plan:
         self.skip, self.only = (_counts(value, name, self.nodes) for value, name in ((skip, 'skip'), (only, 'only')))
         self.ends = self._find_ends() if ends is None else ends
         self.nonnegative = nonnegative(self.graph)
-        self.deciding = decisions(self.graph)
+        self.deciding, self.only_trained = decisions(self.graph), self._find_only_trained()
         self.scalars = {}
         self.moving = self._moving({*found.inputs, *(found.training[0] if isinstance(found.training, tuple) else ())})
         self.wishes, self.weights, self.decisions = [], [], []
@@ -102,6 +102,14 @@ class Plan:
     def _find_ends(self):
         return {*[node for node in self.nodes if node.op in LAYER_OPS][:1], *last_layers(self.graph)}
 
+    def _find_only_trained(self):
+        """Nodes that inference neither runs nor has the like of."""
+        if not isinstance(self.source.training, tuple):
+            return set()
+        heads, twins = self.graph.heads.inputs, self.graph.twins()
+        runs = set(ancestors(heads[:len(heads) - self.source.training.heads]))
+        return {node for node in self.nodes if node not in runs and twins.get(node, self.graph.heads).op != node.op}
+
     def _matches(self, pattern, node):
         return any(matches(pattern, name) for name in self.names[node])
 
@@ -122,6 +130,8 @@ class Plan:
             return 'first or last layer, first_last_bits=None'
         if node.op in LAYER_OPS and node.inputs[1].node in self.moving:
             return 'its weight is computed from data'
+        if node in self.only_trained:
+            return 'it runs in training only'
         if node in self.deciding:
             return 'it decodes predictions: no layer depends on it'
         return None
