@@ -8,7 +8,7 @@ from .batchnorm import parts
 from .graph import GraphNet
 from .graph.names import bound_variable
 from .layers import LAYERS, QuantizedLayer, named_blocks
-from .symbol_graph import FOLDED, QUANTIZE
+from .symbol_graph import FOLDED, QUANTIZE, TWIN
 from .table import aligned
 from .trace import LAYER_OPS
 
@@ -69,7 +69,7 @@ def summary(net):
     for path, block in named_blocks(net):
         if isinstance(block, GraphNet):
             rows += [_node_row(path, block, node) for node in block.graph.nodes()
-                     if node.op in _LAYERS or _reads_quantized(node)]
+                     if (node.op in _LAYERS or _reads_quantized(node)) and TWIN not in node.attrs]
         elif isinstance(block, QuantizedLayer) or type(block) in LAYERS:
             rows.append(_row(path, block))
     return Summary(tuple(rows))

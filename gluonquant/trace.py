@@ -114,13 +114,14 @@ def decisions(graph):
     """Nodes that only decode and select what layers have predicted, as a detector's boxes are: no layer depends on
     them, and what they read has been reshaped, squashed or cut since it left a layer.
     """
-    leading, map_like, found = leads(graph), set(), set()
+    leading, behind, maps, found = leads(graph), set(), set(), set()
     for node in graph.nodes():
-        if node.op in (VARIABLE, *LAYER_OPS) or \
-                (node.op in _MAPS and any(entry.node in map_like for entry in values(node))):
-            map_like.add(node)
-        if node.op not in (VARIABLE, *LAYER_OPS) and node not in leading and \
-                not any(entry.node in map_like for entry in values(node)):
+        sources = {entry.node for entry in values(node)}
+        if node.op in LAYER_OPS or sources & behind:
+            behind.add(node)
+        if node.op in (VARIABLE, *LAYER_OPS) or (node.op in _MAPS and sources & maps):
+            maps.add(node)
+        if node in behind and node.op not in LAYER_OPS and node not in leading and not sources & maps:
             found.add(node)
     return found
 

@@ -24,7 +24,7 @@ def test_outputs_change_by_rounded_biases_only(make):
     for node in final.graph.nodes():        # without bias quantizers, the arithmetic is that of the merged net
         if node.op == BIAS:
             final.graph.redirect(gq.graph.Entry(node), node.inputs[0])
-    final._nodes = None
+    final._nodes = {}
     # Merging rounds each weight's scale and bias once more, which float32 shows in the last digits.
     np.testing.assert_allclose(final(x).asnumpy(), net(x).asnumpy(), rtol=2e-3, atol=2e-3)
 
@@ -184,7 +184,7 @@ def test_sums_of_a_final_net_are_whole_numbers_of_steps():
     final = gq.finalize(attached(8, method='int8'))
     layer, node = layers(final)['main']
     final.graph.heads.inputs[:] = [gq.graph.Entry(layer)]
-    final._nodes = None
+    final._nodes = {}
     sums = final(nd.array(images())).asnumpy().astype('float64')
     quantizer = final._children[node.attrs['bias_quantizer']]
     operands = [final.compute(entry) for entry in node.inputs]

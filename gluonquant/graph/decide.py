@@ -7,7 +7,7 @@ from ..grid import check_bits
 from ..plan import end_config, settle_sign, start
 from ..registry import nearest
 from ..symbol_graph import VARIABLE, ancestors, canonical
-from ..trace import LAYER_OPS, decisions, last_layers, nonnegative
+from ..trace import LAYER_OPS, decisions, last_layers, nonnegative, values
 from .names import bound_variable
 from .net import Decision
 from .place import Wish
@@ -57,7 +57,7 @@ class Plan:
         """Nodes whose value depends on the net's inputs, or on chance."""
         moving = set()
         for node in self.graph.nodes():
-            if node.name in inputs or any(entry.node in moving for entry in node.inputs) or \
+            if node.name in inputs or any(entry.node in moving for entry in values(node)) or \
                     (node.op != VARIABLE and not node.inputs and 'random' in node.op):
                 moving.add(node)
         return moving
@@ -87,13 +87,15 @@ class Plan:
 
     def decide(self):
         """Collect the wishes of all nodes."""
-        seen, twins = Counter(), self.graph.twins()
-        numbers = {}
+        seen, numbers, twins = Counter(), {}, self.graph.twins()
         for node in self.nodes:
-            if node not in twins:
+            twin = twins.get(node, node)
+            if twin is node or twin.op != node.op:
                 seen[node.op] += node.op in self.ops
                 numbers[node] = seen[node.op]
-            reason = self._refusal(node, numbers[twins.get(node, node)])
+            else:
+                numbers[node] = numbers[twin]
+            reason = self._refusal(node, numbers[node])
             if reason is None:
                 self._wish(node, *self._config(node))
             else:

@@ -261,11 +261,18 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
             raise ValueError(f'the net takes {len(inputs)} inputs ({", ".join(inputs)}), not {len(args) + 1}')
         if trains not in self._nodes:
             heads = Node(self.graph.heads.op, '', {}, self.heads(trains), [])
-            self._nodes[trains] = [*ancestors(heads.inputs), heads]
-        nodes = self._nodes[trains]
+            nodes = [*ancestors(heads.inputs), heads]
+            self._nodes[trains] = nodes, without_gradient(nodes)
+        nodes, stopped = self._nodes[trains]
         values = {self._variables[path]: value for path, value in params.items()}
         values.update(zip(inputs, (x, *args)))
-        out = evaluate(F, nodes, values, self._run)[nodes[-1]]
+
+        def run(F, node, inputs):
+            if F is mx.nd and node in stopped:      # some operators crash where nobody wants their gradient
+                with autograd.pause(train_mode=autograd.is_training()):
+                    return self._run(F, node, inputs)
+            return self._run(F, node, inputs)
+        out = evaluate(F, nodes, values, run)[nodes[-1]]
         return _regroup(out, form) if form is not None else out[0] if len(out) == 1 else out
 
     def heads(self, training=False):
@@ -402,6 +409,19 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
     def __repr__(self):
         count = len(self._children)
         return f'GraphNet({", ".join(self.inputs)}: {len(self.graph.nodes())} nodes, {count} quantizers)'
+
+
+def without_gradient(nodes):
+    """Those of ``nodes``, each behind its inputs, from which no gradient comes back: all that read them block it."""
+    readers = {}
+    for node in nodes:
+        for entry in node.inputs:
+            readers.setdefault(entry.node, []).append(node)
+    stopped = set()
+    for node in reversed(nodes):
+        if node in readers and all(reader.op == 'BlockGrad' or reader in stopped for reader in readers[node]):
+            stopped.add(node)
+    return stopped
 
 
 def _cloned(parameter, memo):

@@ -142,33 +142,26 @@ class Graph:
         """Return the outputs of ``other``, too; what it computes as this graph does is computed once.
 
         A node of this graph stands for at most one of ``other``, with the same operator, parameters and inputs, or the
-        same name if it is a variable. One that is added, but has operator and name of a node here, notes that name as
-        its twin; and so does what it reads of what is read there.
+        same name if it is a variable. What is added notes its twin, see `_pair`.
         """
-        known, named, mine, added = defaultdict(list), {}, {}, []
-        for node in self.nodes():
+        known, named, mine, added = defaultdict(list), self.variables(), {}, {}
+        before = self.nodes()
+        for node in before:
             known[_signature(node, node.inputs)].append(node)
-            named.setdefault((node.op, node.name), node)
         for node in other.nodes():
             inputs = [Entry(mine[entry.node], *entry[1:]) for entry in node.inputs]
-            equal, twin = known[_signature(node, inputs)], named.get((node.op, node.name))
-            if node.op == VARIABLE and twin is not None:
-                mine[node] = twin
+            equal = known[_signature(node, inputs)]
+            if node.op == VARIABLE and node.name in named:
+                mine[node] = named[node.name]
             elif node.op != VARIABLE and equal:
                 mine[node] = equal.pop(0)
             else:
                 mine[node] = Node(node.op, self.free_name(node.name), dict(node.attrs), [], node.subgraphs)
                 self.connect(mine[node], inputs)
-                added.append((mine[node], twin))
-        alone = {node for node, twin in added if twin is None and node.op != VARIABLE}
-        for node, twin in added:
-            if twin is not None:
-                node.attrs[TWIN] = twin.name
-                for entry, theirs in zip(node.inputs, twin.inputs):
-                    if entry.node in alone:
-                        entry.node.attrs[TWIN] = theirs.node.name
+                added[mine[node]] = None
         self.connect(self.heads, [*self.heads.inputs, *(Entry(mine[entry.node], *entry[1:])
                                                         for entry in other.heads.inputs)])
+        _pair(before, added)
 
     def part(self, heads):
         """A copy of what the entries ``heads`` need; it returns these."""
@@ -201,6 +194,8 @@ class Graph:
         if weight.op == QUANTIZE:
             inputs[1] = weight.inputs[0]
             attrs.update(weight.attrs)
+        if TWIN in norm.attrs:
+            attrs[TWIN] = norm.attrs[TWIN]
         node = Node(FOLDED, norm.name, attrs, [], [])
         self.connect(node, [*inputs, *norm.inputs[1:]])
         self.redirect(Entry(norm), Entry(node))
@@ -258,6 +253,32 @@ class Graph:
                     next(remaining)         # the output of the layer in it
                 found.update({(node, index): next(remaining) for index in range(outputs(node))})
         return {key: shape for key, shape in found.items() if shape}
+
+
+def _pair(before, added):
+    """Let nodes that were added note the names of their twins: nodes that do the same in another place.
+
+    They read the same variable, a layer's weight for example, or are what twins read at the same place.
+    """
+    readers = defaultdict(list)
+    for node in before:
+        if node.op != VARIABLE:
+            readers[_variables(node)].append(node)
+    pairs = [(node, readers[_variables(node)].pop(0)) for node in added
+             if any(_variables(node)[1]) and readers[_variables(node)]]
+    for node, twin in pairs:
+        node.attrs[TWIN] = twin.name
+    while pairs:
+        node, twin = pairs.pop()
+        for (mine, *_), (theirs, *_) in zip(node.inputs, twin.inputs):
+            if mine in added and VARIABLE not in (mine.op, theirs.op) and TWIN not in mine.attrs:
+                mine.attrs[TWIN] = theirs.name
+                if mine.op == theirs.op:
+                    pairs.append((mine, theirs))
+
+
+def _variables(node):
+    return node.op, tuple(entry.node.name if entry.node.op == VARIABLE else '' for entry in node.inputs)
 
 
 def _signature(node, inputs):
