@@ -114,13 +114,14 @@ class Quantizer(Fusable, HybridBlock):
 
     def write(self, **values):
         """Set Parameters by name."""
-        for name, value in values.items():
-            parameter = self._reg_params[name]
-            value = np.asarray(value, dtype='float32').reshape(-1)
+        values = {self._reg_params[name]: np.asarray(value, dtype='float32').reshape(-1)
+                  for name, value in values.items()}
+        for parameter, value in values.items():
             parameter.shape = value.shape
             parameter.prepare()
             parameter._finish_deferred_init()
-            with autograd.pause():
+        with autograd.pause():
+            for parameter, value in values.items():     # at once: those that bound each other would move
                 parameter.set_data(nd.array(value))
 
     def cast(self, dtype):

@@ -19,7 +19,7 @@ class QuantizerParameter(gluon.Parameter):
     Parameters
     ----------
     lower : float or (Parameter, float), optional
-        Lower bound: a number, or another Parameter times a factor.
+        Lower bound: a number, or another Parameter times a factor, which gives way by half if it is learned, too.
     upper : float
         Upper bound where the lower one is a number; default: the largest float32.
     like : Parameter, optional
@@ -88,12 +88,24 @@ class QuantizerParameter(gluon.Parameter):
         with autograd.pause():
             for array in self._data:
                 if isinstance(self.lower, tuple):
-                    parameter, factor = self.lower
-                    nd.broadcast_maximum(array, parameter.data(array.context) * factor, out=array)
+                    self._raise(array, *self.lower)
                 else:
                     nd.clip(array, self.lower, self.upper, out=array)
         # A bound that is learned itself may move at any time.
         self._within_bounds = not isinstance(self.lower, tuple)
+
+    @staticmethod
+    def _raise(array, parameter, factor):
+        """Move ``array`` up to ``factor`` times another Parameter, which comes to meet it if it is learned, too.
+
+        The nearest pair of valid values: to move only one of them would push both up, step by step.
+        """
+        bound = parameter.data(array.context)
+        if parameter.trainable:
+            lack = nd.maximum(bound * factor - array, 0) / (1 + factor ** 2)
+            nd.broadcast_sub(bound, lack * factor, out=bound)
+            parameter.prepare()
+        nd.broadcast_maximum(array, bound * factor, out=array)
 
     def _initialize(self):
         if self._data is None and not self._deferred_init:

@@ -19,7 +19,9 @@ class Interval:
     """The learned interval, for both roles.
 
     Parameters: ``center``, ``distance`` (and ``gamma`` for weights), each (1,), learned at 1/100 of the weights'
-    rate without decay; kept at distance >= 1e-4 t0, center >= distance, 0.1 <= gamma <= 10.
+    rate without decay; kept at distance >= 1e-4 t0, center >= distance, 0.1 <= gamma <= 10. Where center falls below
+    distance they meet halfway: their gradients pull apart at p = 0, and a center that is raised alone lets the interval
+    grow until every code is 0.
     """
     marker = 'initialized'
     starts_by_itself = False

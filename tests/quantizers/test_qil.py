@@ -84,14 +84,31 @@ def test_the_encoder_of_activations_is_a_plain_quantizer_of_the_shifted_input():
 
 
 @pytest.mark.parametrize('name, value, bounds', [
-    ('distance', -1.0, {'distance': 2e-4}), ('distance', 5.0, {'distance': 5.0, 'center': 5.0}),
-    ('center', -3.0, {'center': 0.5}), ('gamma', 0.0, {'gamma': 0.1}), ('gamma', 99.0, {'gamma': 10.0})])
+    ('distance', -1.0, {'distance': 2e-4, 'center': 1.0}), ('distance', 5.0, {'distance': 3.0, 'center': 3.0}),
+    ('center', 0.3, {'distance': 0.4, 'center': 0.4}), ('center', -3.0, {'distance': 2e-4, 'center': 2e-4}), ('gamma', 0.0, {'gamma': 0.1}), ('gamma', 99.0, {'gamma': 10.0})])
 def test_values_outside_their_bounds_are_projected_at_use(name, value, bounds):
     q = interval(WEIGHT, 1.0, 0.5, 1.0)                     # start = 2
     getattr(q, name).set_data(nd.array([value]))
     infer(q, WEIGHT.data(1))
     for bounded, expected in bounds.items():
         assert_allclose(getattr(q, bounded).data().asnumpy(), expected, rtol=1e-6, err_msg=bounded)
+
+
+@pytest.mark.parametrize('case', [WEIGHT, ACTIVATION], ids=['weight', 'activation'])
+def test_gradients_that_pull_center_and_distance_apart_do_not_let_the_interval_grow(case):
+    """At p = 0 that is what they do. Raising center alone after each step lets both grow with each of them: weights'
+    intervals in networks by factors of thousands, until every code is 0.
+    """
+    x = case.data(1)
+    q = case.ready(x)
+    start = q.value('center').item() + q.value('distance').item()
+    trainer = gluon.Trainer(q.collect_params(), 'sgd', {'learning_rate': 1.0})
+    for _ in range(100):
+        run(q, x)
+        for name, slope in (('center', 1.0), ('distance', -1.0)):
+            getattr(q, name).grad()[:] = slope
+        trainer.step(1)
+    assert_allclose(q.value('center').item() + q.value('distance').item(), start, rtol=1e-5)
 
 
 def test_gamma_stands_still_unless_it_is_trained():
