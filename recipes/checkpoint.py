@@ -4,9 +4,15 @@ A checkpoint is a folder: it is written under another name, flushed to the disk 
 rename is atomic. A run killed while it writes therefore leaves the checkpoint before, which `latest` finds.
 """
 import json
+import logging
 import os
 import re
 import shutil
+
+import mxnet as mx
+
+import report
+from options import option
 
 STATE_FILE = 'state.json'
 _NAME = re.compile(r'\d+-\w+')
@@ -53,6 +59,58 @@ def latest(directory):
         return None, None
     with open(os.path.join(paths[-1], STATE_FILE)) as file:
         return paths[-1], json.load(file)
+
+
+def start_or_resume(args, folder, free_options, new, workers=None):
+    """The state to continue from: that of the newest checkpoint in `folder`, or that of a new run.
+
+    Parameters
+    ----------
+    args : Namespace, whose `resume`, `overwrite` and `save_dir` are heeded.
+    free_options : set of str, names of options that may have other values in a continuation.
+    new : dict, what the state of a new run has beside stage, epoch, step, history, seconds, finished, options, threads
+        and workers.
+    workers : Workers, optional, of a job. They must find the same checkpoint.
+    """
+    options = {name: value for name, value in vars(args).items() if name not in free_options}
+    count, first = (workers.count, workers.first) if workers else (1, True)
+    path, state = latest(folder)
+    if workers and not workers.same(state['step'] if state else -1):
+        raise SystemExit(f'the workers find different checkpoints in {args.save_dir}. Pass a --save-dir that all of '
+                         'them share.')
+    if args.resume and state:
+        if state['workers'] != count:
+            raise SystemExit(f"the run in {args.save_dir} was started with {state['workers']} workers, on which "
+                             'batches and schedule depend. Continue it with as many: recipes/launch.py -n '
+                             f"{state['workers']}.")
+        changed = {name for name in options if options[name] != state['options'].get(name)}
+        if changed:
+            name = min(changed)
+            raise SystemExit(f"{option(name)} is {options[name]}, but the run in {args.save_dir} was started with "
+                             f"{state['options'].get(name)}. Continue it with the same options, or start another run "
+                             'with another --save-dir.')
+        if state['threads'] != report.threads():
+            logging.warning('the run was started with %s and continues with %s: its last bits may differ',
+                            state['threads'], report.threads())
+        logging.info('continuing from %s', path)
+        return {**state, 'path': path}
+    if state and not state['finished'] and not args.overwrite:
+        raise SystemExit(f"{args.save_dir} holds an unfinished run ({state['stage']}, epoch {state['epoch']}). Pass "
+                         '--resume to continue it, --overwrite to discard it, or another --save-dir.')
+    if args.resume:
+        logging.info('no checkpoint in %s: starting from the beginning', folder)
+    if first:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder)
+    return {'stage': 'float', 'epoch': 0, 'step': 0, 'history': [], 'seconds': 0.0, 'finished': False,
+            'options': options, 'threads': report.threads(), 'workers': count, 'path': None, **new}
+
+
+def save_float(net, path):
+    """As net.save_parameters, which with several contexts saves a rounded mean of equal values."""
+    mx.nd.waitall()
+    mx.nd.save(path, {name: parameter.list_data()[0].copyto(mx.cpu())
+                      for name, parameter in net._collect_params_with_prefix().items()})
 
 
 def _flush(path):

@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import sys
 import time
 from functools import partial
@@ -32,6 +31,7 @@ import gluonquant as gq
 import report
 from loop import Loss, evaluate, hybridize, mix, seed_everything, train_stage
 from options import FREE_OPTIONS, contexts, parse_args
+from quantization import quantize
 from workers import Workers
 
 
@@ -64,26 +64,6 @@ def read_data(args, rank=0, workers=1):
     return loaders, classes
 
 
-def quantize(net, loaders, args):
-    """Return `net` quantized and calibrated: changed in place, or as a graph that shares its parameters."""
-    net.hybridize(False)            # a traced graph cannot be converted
-    options = {'method': args.method, 'weight': args.weight, 'activation': args.activation,
-               'weight_bits': args.weight_bits, 'activation_bits': args.activation_bits,
-               'first_last_bits': args.first_last_bits}
-    try:
-        if args.graph:
-            net = gq.attach(net, args.bits, target=args.target, **options)
-        else:
-            gq.convert(net, args.bits, **options)
-        if args.fold:
-            gq.fold(net, args.fold)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    gq.calibrate(net, loaders.calibration, batches=args.calibration_batches, observer=args.observer)
-    hybridize(net, args.mode)
-    return net
-
-
 def pretrained(net, args, classes, workers):
     """`net` with the parameters of --torch-params, or the network of --pretrained."""
     try:
@@ -114,52 +94,9 @@ def make_teacher(args, classes, workers):
     return net
 
 
-def save_float(net, path):
-    """As net.save_parameters, which with several contexts saves a rounded mean of equal values."""
-    mx.nd.waitall()
-    mx.nd.save(path, {name: parameter.list_data()[0].copyto(mx.cpu())
-                      for name, parameter in net._collect_params_with_prefix().items()})
-
-
-def start_or_resume(args, folder, workers):
-    """The state to continue from: that of the newest checkpoint, or that of a new run."""
-    options = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
-    path, state = checkpoint.latest(folder)
-    if not workers.same(state['step'] if state else -1):
-        raise SystemExit(f'the workers find different checkpoints in {args.save_dir}. Pass a --save-dir that all of '
-                         'them share.')
-    if args.resume and state:
-        count = state['workers']
-        if count != workers.count:
-            raise SystemExit(f'the run in {args.save_dir} was started with {count} workers, on which batches and '
-                             f'schedule depend. Continue it with as many: recipes/launch.py -n {count}.')
-        changed = {name for name in options if options[name] != state['options'].get(name)}
-        if changed:
-            name = min(changed)
-            raise SystemExit(f"--{name.replace('_', '-')} is {options[name]}, but the run in {args.save_dir} "
-                             f"was started with {state['options'].get(name)}. Continue it with the same "
-                             'options, or start another run with another --save-dir.')
-        if state['threads'] != report.threads():
-            logging.warning('the run was started with %s and continues with %s: its last bits may differ',
-                            state['threads'], report.threads())
-        logging.info('continuing from %s', path)
-        return {**state, 'path': path}
-    if state and not state['finished'] and not args.overwrite:
-        raise SystemExit(f"{args.save_dir} holds an unfinished run ({state['stage']}, epoch "
-                         f"{state['epoch']}). Pass --resume to continue it, --overwrite to discard it, or "
-                         'another --save-dir.')
-    if args.resume:
-        logging.info('no checkpoint in %s: starting from the beginning', folder)
-    if workers.first:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.makedirs(folder)
-    return {'stage': 'float', 'epoch': 0, 'step': 0, 'history': [], 'accuracy': {}, 'seconds': 0.0,
-            'finished': False, 'options': options, 'threads': report.threads(), 'workers': workers.count, 'path': None}
-
-
 def run(args, workers):
     folder = os.path.join(args.save_dir, 'checkpoints')
-    state = start_or_resume(args, folder, workers)
+    state = checkpoint.start_or_resume(args, folder, FREE_OPTIONS, {'accuracy': {}}, workers)
     try:
         loaders, classes = read_data(args, workers.rank, workers.count)
     except ValueError as error:
@@ -183,7 +120,7 @@ def run(args, workers):
         if not workers.first:
             return
         quantized = state['stage'] == 'quantized'
-        writers = {'net.params': partial(gq.save if quantized else save_float, net)}
+        writers = {'net.params': partial(gq.save if quantized else checkpoint.save_float, net)}
         if trainer:
             writers['trainer.states'] = trainer.save_states
         checkpoint.write(folder, state['stage'], state['epoch'], state, writers)
@@ -206,12 +143,13 @@ def run(args, workers):
         start = time.time()
         state['accuracy']['float'] = evaluate(net, loaders.val, workers)
         if workers.first:
-            save_float(net, os.path.join(args.save_dir, 'float.params'))
+            checkpoint.save_float(net, os.path.join(args.save_dir, 'float.params'))
         if args.start_from:
             gq.load_weights(os.path.join(args.start_from, 'quantized.params'), net)
             with open(os.path.join(args.start_from, 'results.json')) as file:
                 state['epochs_before'] = json.load(file)['epochs']
-        net = quantize(net, loaders, args)
+        net = quantize(net, loaders.calibration, args)
+        hybridize(net, args.mode)
         state['accuracy']['calibrated only'] = evaluate(net, loaders.val, workers)
         logging.info('float %.4f, calibrated only %.4f', *state['accuracy'].values())
         state.update(stage='quantized', epoch=0, seconds=state['seconds'] + time.time() - start)

@@ -5,7 +5,7 @@ import os
 import mxnet as mx
 
 import data as images
-import gluonquant as gq
+import quantization
 
 # Options that may differ between a run and its continuation, because no result depends on them.
 FREE_OPTIONS = {'resume', 'overwrite', 'num_workers', 'logging_file', 'cache_mb', 'save_dir', 'tensorboard'}
@@ -35,22 +35,8 @@ def parse_args(argv=None):
     add('--float-epochs', type=int, help='train the float network this long; 6 for digits, else 0')
     add('--float-lr', type=float, default=0.1, help='its learning rate, which falls to 0 as a cosine')
 
-    add = parser.add_argument_group('quantization').add_argument
-    add('--bits', type=int, default=4, help='bits of weights and activations')
-    add('--method', help='quantization method of weights and activations')
-    add('--weight', help='method of weights')
-    add('--activation', help='method of activations')
-    add('--weight-bits', type=int, help='bits of weights, if not --bits')
-    add('--activation-bits', type=int, help='bits of activations, if not --bits')
-    add('--first-last-bits', type=lambda text: None if text == 'float' else int(text), default=8, metavar='BITS',
-        help="bits of the first and the last layer, or 'float'")
-    add('--graph', action='store_true', help='quantize the traced graph: inputs of sums, poolings and concats too')
-    add('--target', choices=sorted(gq.graph.TARGETS), help='with --graph, where this engine wants quantizers')
-    add('--fold', choices=['frozen', 'batch'], help='fold BatchNorm into the weights that are quantized, with running '
-        'statistics or with those of the batch')
-    add('--observer', choices=gq.observers.available(), help='what sets the initial ranges; default: the method says')
+    add = quantization.add_options(parser, bits=4)
     add('--start-from', metavar='DIR', help='--save-dir of a run at more bits, whose weights fine-tuning starts from')
-    add('--calibration-batches', type=int, default=10, help='training batches that set the initial ranges')
 
     add = parser.add_argument_group('fine-tuning').add_argument
     add('--num-epochs', type=int, default=4, help='epochs of quantization-aware training')
@@ -93,14 +79,11 @@ def parse_args(argv=None):
     args.dataset = args.dataset or ('directory' if args.data_dir else 'digits')
     starts = [name for name in ('float_params', 'torch_params', 'pretrained') if getattr(args, name)]
     if len(starts) > 1:
-        parser.error(f"--{starts[0].replace('_', '-')} and --{starts[1].replace('_', '-')} both say where the float "
-                     'network comes from. Leave one out.')
+        parser.error(f'{option(starts[0])} and {option(starts[1])} both say where the float network comes from. '
+                     'Leave one out.')
     if args.float_epochs is None:
         args.float_epochs = 0 if args.dataset != 'digits' or starts else 6
-    for name in ('float_params', 'torch_params'):
-        path = getattr(args, name)
-        if path and not os.path.isfile(path):
-            parser.error(f"--{name.replace('_', '-')} {path}: no such file.")
+    check_files(parser, args, 'float_params', 'torch_params')
     if args.teacher_params and args.teacher in (None, 'float'):
         parser.error('--teacher-params are those of a --teacher MODEL: pass its name, too.')
     if args.start_from and not os.path.isfile(os.path.join(args.start_from, 'quantized.params')):
@@ -112,15 +95,31 @@ def parse_args(argv=None):
         args.lr_decay_epoch = [int(epoch) for epoch in args.lr_decay_epoch.split(',') if epoch]
     except ValueError:
         parser.error(f'--lr-decay-epoch {args.lr_decay_epoch} is not a list of epochs such as 40,60.')
-    for name, least in (('batch_size', 1), ('num_epochs', 0), ('float_epochs', 0), ('calibration_batches', 1),
-                        ('seed', 0), ('num_workers', 0), ('hold_out', 0), ('warmup_epochs', 0),
-                        ('label_smoothing', 0), ('mixup_alpha', 0), ('hard_weight', 0), ('num_gpus', 0),
-                        ('num_cpus', 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is below {least}.")
+    check_least(parser, args, batch_size=1, num_epochs=0, float_epochs=0, calibration_batches=1, seed=0, num_workers=0,
+                hold_out=0, warmup_epochs=0, label_smoothing=0, mixup_alpha=0, hard_weight=0, num_gpus=0, num_cpus=1)
     if args.batch_size % len(contexts(args)):
         parser.error(f'--batch-size {args.batch_size} cannot be divided among {len(contexts(args))} devices.')
     return args
+
+
+def option(name):
+    """--the-name as it is typed."""
+    return '--' + name.replace('_', '-')
+
+
+def check_files(parser, args, *names):
+    """Stop unless the files that these options name are there."""
+    for name in names:
+        path = getattr(args, name)
+        if path and not os.path.isfile(path):
+            parser.error(f'{option(name)} {path}: no such file.')
+
+
+def check_least(parser, args, **least):
+    """Stop if one of these options is below its least value."""
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            parser.error(f'{option(name)} {getattr(args, name)} is below {value}.')
 
 
 def contexts(args):

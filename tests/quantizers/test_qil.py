@@ -85,7 +85,8 @@ def test_the_encoder_of_activations_is_a_plain_quantizer_of_the_shifted_input():
 
 @pytest.mark.parametrize('name, value, bounds', [
     ('distance', -1.0, {'distance': 2e-4, 'center': 1.0}), ('distance', 5.0, {'distance': 3.0, 'center': 3.0}),
-    ('center', 0.3, {'distance': 0.4, 'center': 0.4}), ('center', -3.0, {'distance': 2e-4, 'center': 2e-4}), ('gamma', 0.0, {'gamma': 0.1}), ('gamma', 99.0, {'gamma': 10.0})])
+    ('center', 0.3, {'distance': 0.4, 'center': 0.4}), ('center', -3.0, {'distance': 2e-4, 'center': 2e-4}),
+    ('gamma', 0.0, {'gamma': 0.1}), ('gamma', 99.0, {'gamma': 10.0})])
 def test_values_outside_their_bounds_are_projected_at_use(name, value, bounds):
     q = interval(WEIGHT, 1.0, 0.5, 1.0)                     # start = 2
     getattr(q, name).set_data(nd.array([value]))
