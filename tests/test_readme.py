@@ -21,11 +21,21 @@ def float_net(path=None):
     return net
 
 
+def detector(path):
+    net = get_model('ssd_300_mobilenet0.25_custom', classes=['cat', 'dog'], pretrained_base=False)
+    net.initialize()
+    net(mx.nd.zeros((1, 3, 128, 128)))
+    for name, parameter in net.collect_params('.*(gamma|var|beta|mean)$').items():
+        parameter.set_data(mx.nd.ones_like(parameter.data()) * name.endswith(('gamma', 'var')))
+    net.save_parameters(path)
+
+
 @pytest.fixture(scope='module')
 def names(tmp_path_factory):
     """Names that the blocks share, as a reader's session would, and the files they need."""
     folder = tmp_path_factory.mktemp('readme')
     float_net(str(folder / 'float.params'))
+    detector(str(folder / 'ssd.params'))
     random = np.random.RandomState(0)
     batch = (mx.nd.array(random.randn(4, 3, 32, 32)), mx.nd.array([0, 1, 2, 3]))
     return {'loader': [batch, batch]}, folder

@@ -170,6 +170,19 @@ def test_the_summary_has_the_layers_of_the_graph():
 # ---------------------------------------------------------------- files
 
 
+@pytest.mark.parametrize('way', [gq.convert, gq.attach], ids=['convert', 'attach'])
+def test_a_net_that_was_loaded_from_a_float_file(tmp_path, way):
+    made().save_parameters(str(tmp_path / 'float.params'))
+    net = made(values=False)
+    net.load_parameters(str(tmp_path / 'float.params'))
+    net = way(net)
+    gq.calibrate(net, [pictures()])
+    net.hybridize()
+    expected = way(made())
+    gq.calibrate(expected, [pictures()])
+    assert_equal(outputs(net), outputs(expected))
+
+
 @pytest.mark.parametrize('fold', [None, 'frozen'])
 def test_save_and_load(tmp_path, fold):
     net = converted()
