@@ -13,6 +13,7 @@ def add_options(parser, bits):
     add('--activation-bits', type=int, help='bits of activations, if not --bits')
     add('--first-last-bits', type=lambda text: None if text == 'float' else int(text), default=8, metavar='BITS',
         help="bits of the first layer and of the last ones, or 'float'")
+    add('--per-tensor', action='store_true', help='one scale for each weight, where its method has one per channel')
     add('--graph', action='store_true', help='quantize the traced graph: inputs of sums, poolings and concats too')
     add('--target', choices=sorted(gq.graph.TARGETS), help='with --graph, where this engine wants quantizers')
     add('--fold', choices=['frozen', 'batch'], help='fold BatchNorm into the weights that are quantized, with running '
@@ -27,7 +28,7 @@ def quantize(net, batches, args):
     net.hybridize(False)            # a traced graph cannot be converted
     options = {'method': args.method, 'weight': args.weight, 'activation': args.activation,
                'weight_bits': args.weight_bits, 'activation_bits': args.activation_bits,
-               'first_last_bits': args.first_last_bits}
+               'first_last_bits': args.first_last_bits, 'per_channel': False if args.per_tensor else None}
     try:
         if args.graph:
             net = gq.attach(net, args.bits, target=args.target, **options)

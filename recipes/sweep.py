@@ -6,7 +6,8 @@
 The sweep file has options for all cells, for columns (methods), rows (bits, epochs) and single cells; later ones win,
 {cell} stands for the cell's name, and false takes an option back. Cell ROW_COLUMN starts from the weights of the
 cell of the row's "start" in the same column: fewer bits start from more. Rows with "from" show cells of another sweep;
-"hidden" ones are stages on the way, which no table shows. Options that this script does not know go to every run.
+"hidden" ones are stages on the way, which no table shows. "recipe" is the script, by default image_classification.py.
+Options that this one does not know go to every run.
 """
 import argparse
 import json
@@ -77,7 +78,7 @@ def main():
             continue
         if os.path.exists(os.path.join(folder, 'results.json')):
             continue
-        words = [sys.executable, os.path.relpath(HERE / 'image_classification.py'),
+        words = [sys.executable, os.path.relpath(HERE / sweep.get('recipe', 'image_classification.py')),
                  *command(sweep, row, column, args.save_dir, more), '--resume']
         print(shlex.join(words), flush=True)
         if not args.dry_run and subprocess.run(words).returncode:

@@ -34,12 +34,15 @@ class Results:
         self.folder = Path(folder)
         self.sweep = sweep.read(self.folder / 'sweep.json')
         self.rows = {row: options for row, options in self.sweep['rows'].items() if not options.get('hidden')}
+        self.measure = self.sweep.get('measure', 'top-1, %')
         self.cells = {}
         for row, column in itertools.product(self.rows, self.sweep['columns']):
             path = self.place(row, column) / 'results.json'
             if path.exists():
                 with open(path) as file:
-                    self.cells[row, column] = json.load(file)
+                    cell = self.cells[row, column] = json.load(file)
+                if 'mean_ap' in cell:       # of a detector
+                    cell['accuracy'] = {stage: found['mAP'] for stage, found in cell['mean_ap'].items()}
 
     def place(self, row, column):
         """The folder of a cell, which may be one of another sweep."""
@@ -48,7 +51,7 @@ class Results:
 
     @property
     def float_accuracy(self):
-        """Top-1 in 0..1; ValueError if the cells started from different float nets."""
+        """Top-1, or of detectors mAP, in 0..1; ValueError if the cells started from different float nets."""
         found = {cell['accuracy']['float'] for cell in self.cells.values()}
         if not found:
             raise ValueError(f'{self.folder}: no run has finished yet. Run sweep.py, then tables.py --collect')
@@ -57,7 +60,7 @@ class Results:
         return found.pop()
 
     def accuracy(self, row, column):
-        """Top-1 in percent after the last epoch (without any: calibrated only), or None."""
+        """That of the cell in percent after the last epoch (without any: calibrated only), or None."""
         cell = self.cells.get((row, column))
         return cell and 100 * list(cell['accuracy'].values())[-1]
 
@@ -71,7 +74,7 @@ def rows_of(what, results, page):
     """The lines of one table."""
     rows, columns = results.rows, results.sweep['columns']
     columns = {name: options for name, options in columns.items() if any((row, name) in results.cells for row in rows)}
-    first = 'top-1, %' if what == 'accuracy' else {'gaps': 'points below float', 'epochs': 'epochs'}[what]
+    first = {'accuracy': results.measure, 'gaps': 'points below float', 'epochs': 'epochs'}[what]
     lines = [[first, *(options['title'] for options in columns.values())], ['---'] * (1 + len(columns))]
     if what == 'accuracy':
         lines.append([f'float: {100 * results.float_accuracy:.2f}', *[''] * len(columns)])
