@@ -14,7 +14,7 @@ from .integer.values import Mean, Products, Real
 from .mxnet_int8 import codes as mxnet_codes
 from .mxnet_int8 import to_mxnet_int8
 from .registry import nearest
-from .symbol_graph import QUANTIZE, evaluate
+from .symbol_graph import QUANTIZE, Entry, evaluate
 
 # Biases change when a net is finalized, by how much depends on bits: that rung is for information.
 LEAST = {'trained': 0.0, 'final': 0.99, 'onnxruntime': 1.0, 'openvino': 0.95, 'mxnet': 0.95}
@@ -107,7 +107,8 @@ def verify(net, path, batches, runtimes=('onnxruntime',), least=None, inputs='da
     Parameters
     ----------
     net : HybridBlock or GraphNet
-        What was exported. One that is not final is compared as it trains and as `finalize` makes it.
+        What was exported; of a file with other ``outputs``, what these need. One that is not final is compared as it
+        trains and as `finalize` makes it.
     path : str, of the file that `export_onnx` wrote
     batches : NDArray or float32 array, or an iterable of them
         Real data: what saturates or ties, does so on real data.
@@ -138,7 +139,7 @@ def verify(net, path, batches, runtimes=('onnxruntime',), least=None, inputs='da
                              f'{", ".join(_RUNTIMES)}')
     runner = Runner(path)
     tensors = _tensors(path, runner.model)
-    nets = dict(_gluon_rungs(net, inputs))
+    nets = {name: _cut(source, runner.model.outputs) for name, source in _gluon_rungs(net, inputs)}
     ways = {name: _Gluon(source, tensors) for name, source in nets.items()}
     ways.update((runtime, _RUNTIMES[runtime](path, runner.model, tensors, nets['final'])) for runtime in runtimes)
     least = {**LEAST, **({} if _all_integer(runner.model) else {'onnxruntime': LEAST['final']}), **(least or {})}
@@ -213,6 +214,14 @@ def _gluon_rungs(net, inputs):
         return [('final', net)]
     source = inference_graph(net, inputs)
     return [('trained', source), ('final', finalize(source))]
+
+
+def _cut(net, outputs):
+    """The net, or if the file returns other nodes of it, what returns these."""
+    known = net.nodes_by_name()
+    if len(outputs) == len(net.heads()) and not all(name in known for name in outputs):
+        return net
+    return net.returning([Entry(known[name]) for name in outputs if name in known])
 
 
 class _Gluon:

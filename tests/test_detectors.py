@@ -275,3 +275,22 @@ def test_the_fqn_recipe(family, way):
     if way == 'attach':
         rows = gq.explain(net, 'Concat').rows
         assert len([row for row in rows if row.quantizer]) == concats
+
+
+@pytest.mark.parametrize('way', ['convert', 'attach'])
+def test_deployed_are_the_heads(way, tmp_path):
+    """What decodes boxes is no part of ONNX: the file ends at the predictions, and holds what the net computes."""
+    pytest.importorskip('onnxruntime')
+    family, path = FAMILIES['ssd'], str(tmp_path / 'ssd.onnx')
+    net = ready(family)
+    net = gq.convert(net, 8, method='int8') if way == 'convert' else gq.attach(net, 8, method='int8',
+                                                                               target='onnxruntime')
+    gq.calibrate(net, [images(family.size)])
+    heads = [row.name for row in gq.summary(net).rows if 'predictors' in row.name]
+    assert len(heads) == 12
+    with pytest.raises(ValueError, match='cannot be exported.*outputs='):
+        gq.export_onnx(net, path, (1, 3, family.size, family.size))
+    final = gq.export_onnx(net, path, (1, 3, family.size, family.size), outputs=heads)
+    report = gq.verify(final, path, images(family.size), runtimes=['onnxruntime'])
+    assert report.passed and len(report.outputs['final']) == 12
+    assert min(rung.equal for rung in report.rungs) > 0.999

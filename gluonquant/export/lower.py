@@ -75,10 +75,7 @@ class Lowering:
         heads = [(f'output{number}' if number else 'output', entry)
                  for number, entry in enumerate(self.net.graph.heads.inputs)]
         if outputs is not None:
-            known = {}
-            for node in self.net.graph.nodes():
-                known.setdefault(self.net.label(node), node)
-                known.setdefault(node.name, node)
+            known = self.net.nodes_by_name()
             for name in outputs:
                 if name not in known:
                     raise ValueError(f'outputs names {name!r}, which is no node of the net. See gq.explain for names')

@@ -283,14 +283,22 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
 
     def inference(self):
         """What the net does in inference only, with the same Parameters and quantizers; itself if it does no more."""
-        if self.training is None:
-            return self
-        graph = self.graph.part(self.heads())
+        return self if self.training is None else self.returning(self.heads(), self.form, 'it was taken for inference')
+
+    def returning(self, heads, form=None, training=None):
+        """A net of what the entries ``heads`` need, which returns these, with the same Parameters and quantizers."""
+        graph = self.graph.part(heads)
         names = [name for name in graph.variables() if name in self.paths]
-        known = {path: child for path, child in self._children.items()
-                 if not isinstance(child, quantizers.BiasQuantizer)}
-        return GraphNet(graph, {name: self.parameter(name) for name in names}, self.inputs, self.paths, self.form,
-                        self.scope, self.decisions, 'it was taken for inference', known)
+        return GraphNet(graph, {name: self.parameter(name) for name in names}, self.inputs, self.paths, form,
+                        self.scope, self.decisions, training, dict(self._children))
+
+    def nodes_by_name(self):
+        """{name or label: node}; a label that several nodes have is that of the first."""
+        known = {}
+        for node in self.graph.nodes():
+            known.setdefault(self.label(node), node)
+            known.setdefault(node.name, node)
+        return known
 
     def _run(self, F, node, inputs):
         if node.op == QUANTIZE:
