@@ -33,12 +33,14 @@ _MAPS = {'BatchNorm', 'LayerNorm', 'InstanceNorm', 'L2Normalization', 'Activatio
          'Pooling', 'Concat', 'elemwise_add', 'broadcast_add', 'add_n', 'elemwise_mul', 'broadcast_mul', 'mean',
          'Dropout', '_copy', 'identity', 'Pad', 'pad', 'UpSampling', '_contrib_AdaptiveAvgPooling2D',
          '_contrib_BilinearResize2D', 'slice_like', '_contrib_ROIAlign', 'ROIPooling', 'BlockGrad', 'Cast', 'amp_cast'}
-# What reads only the shape of an input, or where to look: {operator: slots of the inputs whose values count}.
-_VALUES = {**dict.fromkeys(('slice_like', 'broadcast_like', 'reshape_like', 'take', 'batch_take', 'pick', 'gather_nd',
-                            'SequenceMask', '_contrib_boolean_mask', 'ROIPooling', '_contrib_ROIAlign',
-                            '_contrib_RROIAlign', '_contrib_PSROIPooling', '_contrib_DeformablePSROIPooling'), (0,)),
-           **dict.fromkeys(('zeros_like', 'ones_like', 'shape_array', 'size_array', 'argmax', 'argmin', 'argsort',
-                            'one_hot'), ()), 'where': (1, 2), 'Embedding': (1,)}
+# Slots of the inputs whose values count, of operators that read only the shape of others,
+_BUT_SHAPES = {**dict.fromkeys(('slice_like', 'broadcast_like', 'reshape_like'), (0,)),
+               **dict.fromkeys(('zeros_like', 'ones_like', 'shape_array', 'size_array'), ())}
+# and of those that read others to know where to look.
+_BUT_PLACES = {**dict.fromkeys(('take', 'batch_take', 'pick', 'gather_nd', 'SequenceMask', '_contrib_boolean_mask',
+                                'ROIPooling', '_contrib_ROIAlign', '_contrib_RROIAlign', '_contrib_PSROIPooling',
+                                '_contrib_DeformablePSROIPooling'), (0,)),
+               **dict.fromkeys(('argmax', 'argmin', 'argsort', 'one_hot'), ()), 'where': (1, 2), 'Embedding': (1,)}
 
 
 def trace(net):
@@ -128,7 +130,16 @@ def decisions(graph):
 
 def values(node):
     """The inputs of a node whose values go into its output, not only their shape or a place that they name."""
-    return [entry for slot, entry in enumerate(node.inputs) if slot in _VALUES.get(node.op, (slot,))]
+    return [entry for entry in moves(node) if entry in _slots(node, _BUT_PLACES)]
+
+
+def moves(node):
+    """The inputs of a node on whose values, not only on whose shape, its output depends."""
+    return _slots(node, _BUT_SHAPES)
+
+
+def _slots(node, table):
+    return [entry for slot, entry in enumerate(node.inputs) if slot in table.get(node.op, (slot,))]
 
 
 def nonnegative(graph):

@@ -7,7 +7,7 @@ from ..grid import check_bits
 from ..plan import end_config, settle_sign, start
 from ..registry import nearest
 from ..symbol_graph import VARIABLE, ancestors, canonical
-from ..trace import LAYER_OPS, decisions, last_layers, nonnegative, values
+from ..trace import LAYER_OPS, decisions, last_layers, moves, nonnegative
 from .names import bound_variable
 from .net import Decision
 from .place import Wish
@@ -57,7 +57,7 @@ class Plan:
         """Nodes whose value depends on the net's inputs, or on chance."""
         moving = set()
         for node in self.graph.nodes():
-            if node.name in inputs or any(entry.node in moving for entry in values(node)) or \
+            if node.name in inputs or any(entry.node in moving for entry in moves(node)) or \
                     (node.op != VARIABLE and not node.inputs and 'random' in node.op):
                 moving.add(node)
         return moving
