@@ -57,16 +57,16 @@ class Board:
         self._writer.flush()
 
 
-def table(title, accuracy, sizes):
-    """Lines of text: one row per stage in `accuracy` (dict stage -> top-1 in 0..1), with its size.
+def table(title, accuracy, sizes, measure='top-1'):
+    """Lines of text: one row per stage in `accuracy` (dict stage -> `measure` in 0..1), with its size.
 
     `sizes` maps 'float' and 'quantized' to bytes.
     """
-    rows = [title, f"{'':18}{'top-1':>8}{'size':>12}"]
-    for stage, top1 in accuracy.items():
+    rows = [title, f"{'':18}{measure:>8}{'size':>12}"]
+    for stage, value in accuracy.items():
         size = sizes['float' if stage == 'float' else 'quantized']
         ratio = '' if stage == 'float' else f"   {sizes['float'] / size:.1f}x smaller"
-        rows.append(f'{stage:18}{top1:8.4f}{size / 1000:9,.1f} kB{ratio}')
+        rows.append(f'{stage:18}{value:8.4f}{size / 1000:9,.1f} kB{ratio}')
     return '\n'.join(rows)
 
 

@@ -332,16 +332,6 @@ def draw_curves(path, history, precisions, title):
     plt.close(figure)
 
 
-def table(title, precisions, sizes):
-    """Lines of text: one row per stage in `precisions`, with its size in bytes by 'float' and 'quantized'."""
-    rows = [title, f"{'':18}{'mAP':>8}{'size':>12}"]
-    for stage, found in precisions.items():
-        size = sizes['float' if stage == 'float' else 'quantized']
-        ratio = '' if stage == 'float' else f"   {sizes['float'] / size:.1f}x smaller"
-        rows.append(f"{stage:18}{found['mAP']:8.4f}{size / 1000:9,.1f} kB{ratio}")
-    return '\n'.join(rows)
-
-
 def finish(net, args, state, data):
     """Print the table; write results.json, curves.png and detections.png."""
     summary = gq.summary(net)
@@ -355,7 +345,8 @@ def finish(net, args, state, data):
     draw_curves(os.path.join(args.save_dir, 'curves.png'), state['history'], state['precisions'], title)
     draw_detections(os.path.join(args.save_dir, 'detections.png'), data.val, data.classes, args.data_shape,
                     state['shown'])
-    print(table(title, state['precisions'], sizes))
+    found = {stage: precisions['mAP'] for stage, precisions in state['precisions'].items()}
+    print(report.table(title, found, sizes, 'mAP'))
     print(f"{state['seconds']:.0f} s; results.json, curves.png, detections.png and quantized.params are in "
           f'{args.save_dir}')
 
