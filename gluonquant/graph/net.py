@@ -242,14 +242,23 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
         self.__dict__['_kept'] = {}
 
     def forward(self, x, *args):
-        if self.training is not None and autograd.is_training() != self._mode:
+        self._enter(autograd.is_training())
+        return super().forward(x, *args)
+
+    def export(self, *args, **kwargs):
+        """As `HybridBlock.export`: what the net does in inference."""
+        self._enter(False)
+        return super().export(*args, **kwargs)
+
+    def _enter(self, training):
+        """Take the cached graph of this mode and keep the other one, if there are two."""
+        if self.training is not None and training != self._mode:
             kept = {name: self.__dict__[name] for name in _CACHE}
             other, self._kept = self._kept, kept
             if not other:
                 super()._clear_cached_op()
             self.__dict__.update(other)
-            self._mode = not self._mode
-        return super().forward(x, *args)
+            self._mode = training
 
     def hybrid_forward(self, F, x, /, *args, **params):
         trains = self.training is not None and autograd.is_training()

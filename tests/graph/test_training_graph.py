@@ -143,6 +143,16 @@ def test_it_is_traced_once_for_each_mode():
         assert net._cached_op not in traced
 
 
+def test_exported_is_what_it_does_in_inference(tmp_path):
+    net = gq.freeze(gq.freeze_batchnorm(attached()))
+    net.hybridize()
+    expected = outputs(net)
+    training_outputs(net)
+    net.export(str(tmp_path / 'net'))
+    again = gluon.SymbolBlock.imports(str(tmp_path / 'net-symbol.json'), 'data', str(tmp_path / 'net-0000.params'))
+    assert_equal(outputs(again), expected)
+
+
 def test_it_trains_with_targets():
     net = with_targets()
     net.hybridize()
