@@ -32,9 +32,12 @@ class QuantizerParameter(gluon.Parameter):
         super().__init__(name, allow_deferred_init=True, **kwargs)
         self.lower = lower
         self.upper = upper
+        self._bounded = None                # the Parameter whose lower bound this one is, if both are learned
         self.like = like
         self.merge = merge
         self.trainable = self.grad_req != 'null'    # by design; freezing sets grad_req to 'null' for a while
+        if isinstance(lower, tuple) and lower[0].trainable:
+            lower[0]._bounded = self
         self.on_use = None
         self.on_change = None
         self._within_bounds = False
@@ -81,30 +84,37 @@ class QuantizerParameter(gluon.Parameter):
         return self.list_data()[0].copyto(cpu())    # contexts hold the same; a mean of three would be rounded
 
     def prepare(self):
-        """Initialize if nobody did, and project to the bounds."""
+        """Initialize if nobody did, and project to the bounds: together with the Parameter that this one bounds."""
+        (self._bounded or self)._prepare()
+
+    def _prepare(self):
+        related = isinstance(self.lower, tuple)
+        if related:
+            self.lower[0]._prepare()
         self._initialize()
         if self._within_bounds or self.lower is None or self._data is None:
             return
         with autograd.pause():
-            for array in self._data:
-                if isinstance(self.lower, tuple):
-                    self._raise(array, *self.lower)
+            for i, array in enumerate(self._data):
+                if related:
+                    self._raise(array, i, *self.lower)
                 else:
                     nd.clip(array, self.lower, self.upper, out=array)
         # A bound that is learned itself may move at any time.
-        self._within_bounds = not isinstance(self.lower, tuple)
+        self._within_bounds = not related
 
     @staticmethod
-    def _raise(array, parameter, factor):
+    def _raise(array, i, parameter, factor):
         """Move ``array`` up to ``factor`` times another Parameter, which comes to meet it if it is learned, too.
 
         The nearest pair of valid values: to move only one of them would push both up, step by step.
         """
-        bound = parameter.data(array.context)
+        bound = parameter.list_data()[i]
         if parameter.trainable:
             lack = nd.maximum(bound * factor - array, 0) / (1 + factor ** 2)
             nd.broadcast_sub(bound, lack * factor, out=bound)
-            parameter.prepare()
+            parameter._within_bounds = False
+            parameter._prepare()
         nd.broadcast_maximum(array, bound * factor, out=array)
 
     def _initialize(self):
