@@ -130,7 +130,7 @@ def decisions(graph):
 
 def values(node):
     """The inputs of a node whose values go into its output, not only their shape or a place that they name."""
-    return [entry for entry in moves(node) if entry in _slots(node, _BUT_PLACES)]
+    return _slots(node, _BUT_PLACES if node.op in _BUT_PLACES else _BUT_SHAPES)
 
 
 def moves(node):

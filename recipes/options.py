@@ -57,19 +57,13 @@ def parse_args(argv=None):
     add('--hard-weight', type=float, default=0.5, help='weight of the label beside --teacher')
     add('--freeze-bn-after', type=float, default=0.8, help='part of the epochs before BatchNorm freezes')
 
-    add = parser.add_argument_group('run').add_argument
-    add('--mode', choices=['hybrid', 'imperative'], default='hybrid')
-    add('--seed', type=int, default=0)
+    add = add_run(parser, 'image_classification', seed=0)
     add('--num-gpus', type=int, default=0, help='train on this many GPUs, each with its part of every batch')
     add('--num-cpus', type=int, default=1, help='without GPUs: on this many CPU contexts')
     add('--kvstore', default='device', choices=['local', 'device', 'dist_sync', 'dist_device_sync'],
         help='how gradients are added up; dist_sync: over the workers of a job, see '
         'recipes/launch.py, each with batches of --batch-size')
-    add('--save-dir', default=os.path.join('outputs', 'image_classification'), help='folder for all results')
-    add('--resume', action='store_true', help='continue the run in --save-dir')
-    add('--overwrite', action='store_true', help='discard an unfinished run in --save-dir')
     add('--tensorboard', action='store_true', help='write curves, ranges and clipped shares for TensorBoard')
-    add('--logging-file', default='train.log', help='name of the log in --save-dir')
 
     args = parser.parse_args(argv)
     if args.target and not args.graph:
@@ -100,6 +94,18 @@ def parse_args(argv=None):
     if args.batch_size % len(contexts(args)):
         parser.error(f'--batch-size {args.batch_size} cannot be divided among {len(contexts(args))} devices.')
     return args
+
+
+def add_run(parser, name, seed):
+    """Add the options that every recipe has for a run, which is called `name`."""
+    add = parser.add_argument_group('run').add_argument
+    add('--mode', choices=['hybrid', 'imperative'], default='hybrid')
+    add('--seed', type=int, default=seed)
+    add('--save-dir', default=os.path.join('outputs', name), help='folder for all results')
+    add('--resume', action='store_true', help='continue the run in --save-dir')
+    add('--overwrite', action='store_true', help='discard an unfinished run in --save-dir')
+    add('--logging-file', default='train.log', help='name of the log in --save-dir')
+    return add
 
 
 def option(name):

@@ -5,7 +5,7 @@ import os
 import mxnet as mx
 
 import quantization
-from options import check_files, check_least, option
+from options import add_run, check_files, check_least, option
 
 # Options that may differ between a run and its continuation, because no result depends on them.
 FREE_OPTIONS = {'resume', 'overwrite', 'num_workers', 'logging_file', 'log_interval', 'cache_mb', 'save_dir'}
@@ -54,16 +54,10 @@ def parse_args(argv=None):
     add('--momentum', type=float, default=0.9)
     add('--wd', type=float, default=5e-4, help='weight decay')
 
-    add = parser.add_argument_group('run').add_argument
-    add('--mode', choices=['hybrid', 'imperative'], default='hybrid')
-    add('--seed', type=int, default=233)
+    add = add_run(parser, 'train_ssd', seed=233)
     add('--gpus', default='', help='GPUs to train on, such as 0,1; by default the CPU')
     add('--log-interval', type=int, default=100, help='batches between lines of the log; 0: one line an epoch')
     add('--val-interval', type=int, default=1, help='epochs between validations; the last epoch is always validated')
-    add('--save-dir', default=os.path.join('outputs', 'train_ssd'), help='folder for all results')
-    add('--resume', action='store_true', help='continue the run in --save-dir')
-    add('--overwrite', action='store_true', help='discard an unfinished run in --save-dir')
-    add('--logging-file', default='train.log', help='name of the log in --save-dir')
 
     args = parser.parse_args(argv)
     if args.target and not args.graph:

@@ -109,9 +109,9 @@ def build(found, plan, target=None):
     """
     graph = found.graph
     if target is None:
-        places, refused, passed = place(plan.wishes, graph.twins()), {}, {}
+        places, refused, passed = place(plan.wishes, plan.twins), {}, {}
     else:
-        places, refused, passed = place_for(target, graph, plan.wishes, plan.base.activation, found.label)
+        places, refused, passed = place_for(target, graph, plan.wishes, plan.base.activation, found.label, plan.twins)
 
     def settle(spec, entries):
         spec = plan.sign(spec, entries)

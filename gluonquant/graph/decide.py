@@ -33,6 +33,7 @@ class Plan:
     decisions : list of Decision, about what stays float whatever others ask for
     paths : dict, {node: its name as users read it}
     names : dict, {node: [what patterns may call it]}
+    twins : dict, see `Graph.twins`
     """
 
     def __init__(self, found, base, first_last_bits=8, ops=LAYER_OPS, skip=None, only=None, exclude=(), rules=(),
@@ -48,6 +49,7 @@ class Plan:
         self.skip, self.only = (_counts(value, name, self.nodes) for value, name in ((skip, 'skip'), (only, 'only')))
         self.ends = self._find_ends() if ends is None else ends
         self.nonnegative = nonnegative(self.graph)
+        self.twins = self.graph.twins()
         self.deciding, self.only_trained = decisions(self.graph), self._find_only_trained()
         self.scalars = {}
         self.moving = self._moving({*found.inputs, *(found.training[0] if isinstance(found.training, tuple) else ())})
@@ -87,9 +89,9 @@ class Plan:
 
     def decide(self):
         """Collect the wishes of all nodes."""
-        seen, numbers, twins = Counter(), {}, self.graph.twins()
+        seen, numbers = Counter(), {}
         for node in self.nodes:
-            twin = twins.get(node, node)
+            twin = self.twins.get(node, node)
             if twin is node or twin.op != node.op:
                 seen[node.op] += node.op in self.ops
                 numbers[node] = seen[node.op]
@@ -108,7 +110,7 @@ class Plan:
         """Nodes that inference neither runs nor has the like of."""
         if not isinstance(self.source.training, tuple):
             return set()
-        heads, twins = self.graph.heads.inputs, self.graph.twins()
+        heads, twins = self.graph.heads.inputs, self.twins
         runs = set(ancestors(heads[:len(heads) - self.source.training.heads]))
         return {node for node in self.nodes if node not in runs and twins.get(node, self.graph.heads).op != node.op}
 

@@ -54,7 +54,7 @@ def place(wishes, twins=None):
     return places
 
 
-def place_for(target, graph, wishes, base, label):
+def place_for(target, graph, wishes, base, label, twins):
     """`place` as ``target`` wants it.
 
     Parameters
@@ -64,6 +64,7 @@ def place_for(target, graph, wishes, base, label):
     wishes : list of Wish
     base : QuantizerSpec, of outputs that are quantized for the target's sake
     label : callable(node), its name for messages
+    twins : dict, as for `place`
 
     Returns
     -------
@@ -78,7 +79,7 @@ def place_for(target, graph, wishes, base, label):
         wishes = _without_fused_sums(target, graph, wishes, refused, label)
     if target.outputs and base.method != 'none':
         wishes += _outputs(target, graph, wishes, base, label)
-    region = _regions(target, nodes, graph.twins())
+    region = _regions(target, nodes, twins)
     asked = _by_tensor(wishes)
     settings = {}
     for entry, own in asked.items():

@@ -87,3 +87,12 @@ def assert_equal(found, expected):
     assert len(found) == len(expected)
     for one, other in zip(found, expected):
         np.testing.assert_array_equal(one, other)
+
+
+def assert_trains_alike(found, expected, slopes, expected_slopes):
+    """Training outputs and gradients that are equal but for rounding."""
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    assert set(slopes) == set(expected_slopes)
+    for path, slope in expected_slopes.items():
+        np.testing.assert_allclose(slopes[path], slope, rtol=1e-3, atol=1e-3 * abs(slope).max() + 1e-6)
