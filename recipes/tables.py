@@ -114,8 +114,9 @@ def commands(results):
     """How to run every cell again."""
     name = results.folder.name
     seeds = sorted({cell['options']['seed'] for cell in results.cells.values()})
-    return (f'```bash\npython recipes/sweep.py results/{name}/sweep.json --save-dir outputs/{name} --data-dir DATA '
-            f'--float-params FLOAT\n```\nSeed {", ".join(map(str, seeds))}.\n')
+    inputs = results.sweep.get('inputs', '--data-dir DATA --float-params FLOAT')
+    return (f'```bash\npython recipes/sweep.py results/{name}/sweep.json --save-dir outputs/{name} {inputs}\n```\n'
+            f'Seed {", ".join(map(str, seeds))}.\n')
 
 
 def filled(page, text):
