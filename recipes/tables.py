@@ -5,7 +5,8 @@
     python recipes/tables.py --collect outputs/x results/x      # first copy the results and logs of finished runs
 
 A table stands between two comments, `<!-- table NAME -->` and `<!-- end -->`; NAME is a folder of results/ that has a
-sweep.json (see sweep.py), and after a space what to show: accuracy (default), gaps, epochs, commands.
+sweep.json (see sweep.py), and after a space what to show: accuracy (default), calibrated (the same before training),
+gaps, epochs, commands.
 """
 import argparse
 import hashlib
@@ -74,28 +75,36 @@ def rows_of(what, results, page):
     """The lines of one table."""
     rows, columns = results.rows, results.sweep['columns']
     columns = {name: options for name, options in columns.items() if any((row, name) in results.cells for row in rows)}
-    first = {'accuracy': results.measure, 'gaps': 'points below float', 'epochs': 'epochs'}[what]
+    first = {'accuracy': results.measure, 'calibrated': results.measure, 'gaps': 'points below float',
+             'epochs': 'epochs'}[what]
     lines = [[first, *(options['title'] for options in columns.values())], ['---'] * (1 + len(columns))]
     if what == 'accuracy':
         lines.append([f'float: {100 * results.float_accuracy:.2f}', *[''] * len(columns)])
     for row, options in rows.items():
         line = [options['title']]
         for column in columns:
-            cell = results.cells.get((row, column))
-            if cell is None:
-                line.append('')
-            elif what == 'epochs':
-                here = cell['options']['num_epochs']
-                line.append(str(here) if here == cell['epochs'] else f"{here} ({cell['epochs']})")
-            else:
-                log = os.path.relpath(results.place(row, column) / 'train.log', (ROOT / page).parent)
-                text = (f'{results.accuracy(row, column):.2f}' if what == 'accuracy' else
-                        _against(results.gap(row, column), options.get('published', {}).get(column)))
-                line.append(f'[{text}]({log})')
+            text = ''
+            if (row, column) in results.cells:
+                text = _entry(what, results, row, column)
+                if what != 'epochs':
+                    text = f'[{text}]({os.path.relpath(results.place(row, column), (ROOT / page).parent)}/train.log)'
+            line.append(text)
         lines.append(line)
     if what == 'accuracy' and results.sweep.get('spread'):
         lines.append(['mean, standard deviation', *(_spread(results, column) for column in columns)])
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n'
+
+
+def _entry(what, results, row, column):
+    cell = results.cells[row, column]
+    if what == 'accuracy':
+        return f'{results.accuracy(row, column):.2f}'
+    if what == 'calibrated':
+        return f"{100 * cell['accuracy']['calibrated only']:.2f}"
+    if what == 'gaps':
+        return _against(results.gap(row, column), results.rows[row].get('published', {}).get(column))
+    here = cell['options']['num_epochs']
+    return str(here) if here == cell['epochs'] else f"{here} ({cell['epochs']})"
 
 
 def _spread(results, column):

@@ -25,7 +25,7 @@ def write(folder, float_accuracy=0.9, **accuracies):
     for name, accuracy in accuracies.items():
         (folder / name).mkdir(exist_ok=True)
         (folder / name / 'results.json').write_text(json.dumps(
-            {'accuracy': {'float': float_accuracy, 'fine-tuned': accuracy}, 'epochs': 5,
+            {'accuracy': {'float': float_accuracy, 'calibrated only': 0.5, 'fine-tuned': accuracy}, 'epochs': 5,
              'options': {'num_epochs': 2, 'seed': 0}}))
     return folder
 
@@ -73,6 +73,7 @@ def test_the_page_says_what_the_runs_say(tmp_path, monkeypatch):
     assert '| W2 | [15.00](results/small/w2_a/train.log) |  |' in text and text.endswith('rest\n')
     text = (tmp_path / 'results' / 'README.md').read_text()
     assert '| float: 90.00 |' in text and '| W4 | [89.60](small/w4_a/train.log) |' in text
+    assert '| W4 | [50.00]' in tables.rows_of('calibrated', tables.Results(folder), 'README.md')
     write(folder, w2_a=0.76)
     assert tables.disagreements() == ['README.md', 'results/README.md', 'results/small/gaps.png']
 
