@@ -142,7 +142,7 @@ def _from_symbol_block(block):
     paths = {parameter.name: path for path, parameter in block._collect_params_with_prefix().items()}
     begins = {name[:-len(path)] for name, path in paths.items() if name.endswith(path)}     # all names with it
     scope = {begin: '' for begin in begins if begin and len(begins) == 1}
-    _note_shapes(parameters.values())
+    _note_shapes(graph, parameters)
     return Source(graph, parameters, names, {name: paths[name] for name in parameters}, block._out_format, scope)
 
 
@@ -173,7 +173,7 @@ def _traced(net, inputs, training_inputs=None):
     missing = [name for name in graph.variables() if name not in known and name not in given]
     if missing:
         raise ValueError(f'{missing[0]!r} is neither a Parameter of the net nor one of the inputs {given}')
-    _note_shapes(parameters.values())
+    _note_shapes(graph, parameters)
     paths = {}
     for path, parameter in net._collect_params_with_prefix().items():
         paths.setdefault(parameter.name, path)
@@ -181,11 +181,16 @@ def _traced(net, inputs, training_inputs=None):
                   scope_of(net), training)
 
 
-def _note_shapes(parameters):
-    """Loading Parameters, Gluon does not note the shapes of those whose shape a SymbolBlock left open."""
-    for parameter in parameters:
-        if not parameter.shape and parameter._data is not None:
-            parameter.shape = parameter.list_data()[0].shape
+def _note_shapes(graph, parameters):
+    """Of Parameters whose shape a SymbolBlock left open, note what is known of it.
+
+    These are the shapes of loaded arrays, which Gluon does not note, and what operators tell of the others: quantizers
+    of weights need to know how many axes there are.
+    """
+    told, _ = _known(graph)
+    for name, parameter in parameters.items():
+        if not parameter.shape:
+            parameter.shape = parameter.list_data()[0].shape if parameter._data is not None else told.get(name)
 
 
 def _graph_of(net, inputs):

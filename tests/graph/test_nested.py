@@ -1,4 +1,5 @@
 """Graphs inside a net of blocks, as the features of gluoncv's SSDs are: `convert` and everything behind it."""
+import mxnet as mx
 import numpy as np
 import pytest
 from detector_nets import (
@@ -186,6 +187,21 @@ def test_a_net_that_was_loaded_from_a_float_file(tmp_path, way):
     expected = way(made())
     gq.calibrate(expected, [pictures()])
     assert_equal(outputs(net), outputs(expected))
+
+
+@pytest.mark.parametrize('method', ['int8', 'lsq', 'fqn', 'sawb'])
+@pytest.mark.parametrize('way', [gq.convert, gq.attach], ids=['convert', 'attach'])
+def test_a_net_that_has_never_run(way, method):
+    # as in gluoncv: layers added as symbols, of whose weights not even the number of axes is noted
+    body = mx.sym.relu(mx.sym.Convolution(mx.sym.var('data'), num_filter=8, kernel=(3, 3), name='added'))
+    net = nn.HybridSequential()
+    net.add(gluon.SymbolBlock(body, mx.sym.var('data')), nn.Conv2D(4, 1))
+    net.initialize()
+    net = way(net, weight=method, activation='int8')
+    gq.calibrate(net, [pictures()])
+    assert net(pictures()).shape == (4, 4, 6, 6)
+    net.hybridize()
+    assert net(pictures()).shape == (4, 4, 6, 6)
 
 
 @pytest.mark.parametrize('fold', [None, 'frozen'])
