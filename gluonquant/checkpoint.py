@@ -55,7 +55,7 @@ def load(path, net=None, ctx=None):
         converted in the same way. A file of a net from `attach` holds the graph, too: it needs no net; if it is given
         the float net, the result shares its Parameters; given an attached one, it loads into that.
     ctx : Context or list of Context, optional
-        Where to put Parameters that have no value yet; default cpu.
+        Where to put Parameters that have no value yet; default: where the net has others, else cpu.
 
     Raises
     ------
@@ -190,7 +190,10 @@ def _parameters_by_path(path, net):
 
 
 def _place(net, arrays, ctx):
-    for name, parameter in net._collect_params_with_prefix().items():
+    parameters = net._collect_params_with_prefix()
+    if ctx is None:     # where the net is
+        ctx = next((parameter.list_ctx() for parameter in parameters.values() if parameter._data is not None), None)
+    for name, parameter in parameters.items():
         placed = parameter._data is not None or parameter._deferred_init
         parameter.shape = arrays[name].shape        # Gluon does not note it for one of a graph
         parameter._load_init(nd.array(arrays[name], dtype=arrays[name].dtype), None if placed else ctx)

@@ -93,6 +93,10 @@ def convert(net, bits=4, *, method=None, weight=None, activation=None, weight_bi
         plan[path] = _settle(config, path, layer, readings[path])
     made = {path: part.quantized(base, ends, first_last_bits, exclude, rules) for path, part in inner.items()}
     made = {path: graph for path, graph in made.items() if graph is not None}
+    if gradient_bits is not None and made:
+        path = next(iter(made))
+        raise ValueError(f'gradient_bits={gradient_bits}: {path!r} is a SymbolBlock, where no gradients are quantized. '
+                         f"Keep it float with exclude=['{path}.*']")
     if not plan and not made:
         raise ValueError('exclude and first_last_bits=None leave no layer to quantize')
     return apply(net, _share_inputs(net, plan, readings), made)
@@ -189,8 +193,8 @@ def _readings(net, floats, inner):
     """
     traced = trace(net)
     weights = {path: layer.weight.name for path, layer in floats.items()}
-    weights.update((path, bound_variable(node.inputs[1])) for part in inner.values()
-                   for path, node in part.layers.items())
+    weights.update((path, bound_variable(nodes[0].inputs[1])) for part in inner.values()
+                   for path, nodes in part.layers.items())
     owners = Counter(weights.values())
     readings = {}
     for place, (path, weight) in enumerate(weights.items()):

@@ -163,7 +163,11 @@ def _rows(parameters):
 
 
 def _is_state(parameter):
-    return not getattr(parameter, 'trainable', parameter._differentiable)
+    if hasattr(parameter, 'trainable'):
+        return not parameter.trainable
+    # To Gluon the running statistics of a SymbolBlock are differentiable, and only not wanted. Vectors that a user has
+    # frozen are the same everywhere and stay it.
+    return not parameter._differentiable or parameter.grad_req == 'null' and len(parameter.shape) == 1
 
 
 def _size(parameter):

@@ -52,6 +52,8 @@ def fold(net, mode='merge'):
         raise ValueError(f'mode={mode!r}: pass one of {", ".join(map(repr, MODES))}')
     if not isinstance(net, Block):
         raise TypeError(f'{type(net).__name__} is no HybridBlock; gq.graph.as_graph makes one of a symbol')
+    for graph in graphs(net).values() if mode == 'merge' else ():
+        graph.check_values()
     told = _fold_graph(net, mode) if isinstance(net, GraphNet) else _fold_blocks(net, mode)
     for path, graph in graphs(net).items():
         told.update((f'{path}.{name}', what) for name, what in _fold_graph(graph, mode).items())

@@ -1,12 +1,15 @@
 """`summary`: one row for each layer that is, or could be, quantized."""
 import json
 import math
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Optional, Tuple
+
+from mxnet.gluon import SymbolBlock
 
 from .batchnorm import parts
 from .graph import GraphNet
 from .graph.names import bound_variable
+from .graph.source import read
 from .layers import LAYERS, QuantizedLayer, named_blocks
 from .symbol_graph import FOLDED, QUANTIZE, TWIN
 from .table import aligned
@@ -67,9 +70,10 @@ def summary(net):
     """
     rows = []
     for path, block in named_blocks(net):
+        if isinstance(block, SymbolBlock):
+            block = read(block).net()
         if isinstance(block, GraphNet):
-            rows += [_node_row(path, block, node) for node in block.graph.nodes()
-                     if (node.op in _LAYERS or _reads_quantized(node)) and TWIN not in node.attrs]
+            rows += _node_rows(path, block)
         elif isinstance(block, QuantizedLayer) or type(block) in LAYERS:
             rows.append(_row(path, block))
     return Summary(tuple(rows))
@@ -93,8 +97,20 @@ def _reads_quantized(node):
                for entry in node.inputs)
 
 
+def _node_rows(path, net):
+    """The nodes of a graph that have a weight, or of whose inputs some are quantized."""
+    rows, seen = [], set()
+    for node in net.graph.nodes():
+        if (node.op in _LAYERS or _reads_quantized(node)) and TWIN not in node.attrs:
+            row = _node_row(path, net, node)
+            weight = bound_variable(node.inputs[1]) if node.op in _LAYERS else None
+            # A layer that is used several times has one weight.
+            rows.append(replace(row, float_bytes=0, quantized_bytes=0) if weight in seen else row)
+            seen.update([weight] if weight else [])
+    return rows
+
+
 def _node_row(path, net, node):
-    """A node of an attached net that has a weight, or of whose inputs some are quantized."""
     own, weight = net.quantizers_of(node)
     layer = node.op in _LAYERS
     shape = net.parameter(bound_variable(node.inputs[1])).shape if layer else None

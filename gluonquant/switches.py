@@ -1,4 +1,7 @@
 """Switches over a whole net. They are saved state: a checkpoint keeps them, and no graph is traced again for most."""
+import logging
+
+from mxnet.gluon import SymbolBlock
 from mxnet.gluon.nn.basic_layers import _BatchNorm
 
 from .convert import clear_caches
@@ -6,6 +9,7 @@ from .graph import GraphNet
 from .layers import named_blocks, quantizers
 from .quantizers import OBSERVE, OFF, QUANTIZE
 
+_log = logging.getLogger(__name__)
 _MODES = {'off': OFF, 'observe': OBSERVE, 'quantize': QUANTIZE}
 
 
@@ -56,13 +60,18 @@ def set_phase(net, quantize):
 def freeze_batchnorm(net, frozen=True):
     """Let BatchNorm layers use, and keep, their running statistics in training too; returns net.
 
-    gamma and beta go on training. For the last 10 to 20 % of fine-tuning. Graphs are traced again.
+    gamma and beta go on training. For the last 10 to 20 % of fine-tuning. Graphs are traced again. A warning names
+    SymbolBlocks, whose BatchNorm stays as it is: only graphs of ours can be changed.
     """
     for block in batchnorms(net).values():
         block._kwargs['use_global_stats'] = bool(frozen)
-    for _, block in named_blocks(net):
+    for name, block in named_blocks(net):
         if isinstance(block, GraphNet):
             block.freeze_batchnorm(frozen)
+        elif isinstance(block, SymbolBlock) and any(path.endswith(('moving_mean', 'running_mean'))
+                                                    for path in block._collect_params_with_prefix()):
+            _log.warning('%s is a SymbolBlock: its BatchNorm is not %s', name or 'the net',
+                         'frozen' if frozen else 'changed')
     clear_caches(net)
     return net
 

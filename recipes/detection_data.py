@@ -223,8 +223,9 @@ def _gluoncv(kind, name, root, **options):
 def checked_boxes(boxes, width, height, classes, name, warn=logging.warning):
     """The usable boxes of a picture, float32 (n, 6); n may be 0.
 
-    Boxes are cut at the picture's edges. Those with NaN or infinite numbers, or with a side of less than 0.1 pixels in
-    the picture, are dropped with one warning that names the picture and them.
+    Rows of -1 are padding, by which gluoncv's COCO says that there is no object. Boxes are cut at the picture's edges.
+    Those with NaN or infinite numbers, or with a side of less than 0.1 pixels in the picture, are dropped with one
+    warning that names the picture and them.
 
     Parameters
     ----------
@@ -240,6 +241,7 @@ def checked_boxes(boxes, width, height, classes, name, warn=logging.warning):
     if boxes.ndim != 2 or boxes.shape[1] < 5:
         raise ValueError(f'{name}: boxes have shape {boxes.shape}. Pass rows of xmin, ymin, xmax, ymax, class number.')
     boxes = np.concatenate([boxes[:, :6], np.zeros((len(boxes), 6 - min(6, boxes.shape[1])), np.float32)], axis=1)
+    boxes = boxes[(boxes[:, :5] != -1).any(axis=1)]
     wrong = [row for row in boxes if not (0 <= row[4] < classes and row[4] == int(row[4]))]
     if wrong:
         raise ValueError(f'{name}: label {wrong[0][4]:g} is no class number, 0 to {classes - 1}, in the box '

@@ -147,10 +147,10 @@ def validate(net, batches, metric, workers, args):
     for boxes, labels, scores, truth in tqdm(detect(net, batches, workers, args.mode, args.data_shape),
                                              desc='validating', total=len(batches), disable=None, leave=False):
         metric.update(boxes, labels, scores, truth[..., :4], truth[..., 4:5], truth[..., 5:6])
-        objects += int((truth[..., 4] >= 0).sum())
+        objects += int(((truth[..., 4] >= 0) & (truth[..., 5] <= 0)).sum())
     if not objects:
-        raise SystemExit('no validation picture has an object, so there is no average precision. Pass other pictures, '
-                         'or more of them by --val-images.')
+        raise SystemExit('no validation picture has an object that is not marked as difficult, so there is no average '
+                         'precision. Pass other pictures, or more of them by --val-images.')
     return detection_data.precisions(metric)
 
 

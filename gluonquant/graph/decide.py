@@ -47,10 +47,10 @@ class Plan:
         self.names = {node: called(found, node, above) for node in self.nodes}
         self.first_last_bits = None if first_last_bits is None else check_bits(first_last_bits, 'first_last_bits')
         self.skip, self.only = (_counts(value, name, self.nodes) for value, name in ((skip, 'skip'), (only, 'only')))
-        self.ends = self._find_ends() if ends is None else ends
         self.nonnegative = nonnegative(self.graph)
         self.twins = self.graph.twins()
-        self.deciding, self.only_trained = decisions(self.graph), self._find_only_trained()
+        self.ends = self._find_ends() if ends is None else ends
+        self.deciding, self.inferred = decisions(self.graph), self._find_inferred()
         self.scalars = {}
         self.moving = self._moving({*found.inputs, *(found.training[0] if isinstance(found.training, tuple) else ())})
         self.wishes, self.weights, self.decisions = [], [], []
@@ -104,15 +104,13 @@ class Plan:
                 self.decisions.append(Decision(self.paths[node], node.op, '', None, reason))
 
     def _find_ends(self):
-        return {*[node for node in self.nodes if node.op in LAYER_OPS][:1], *last_layers(self.graph)}
+        ends = {*[node for node in self.nodes if node.op in LAYER_OPS][:1], *last_layers(self.graph)}
+        return ends | {node for node, twin in self.twins.items() if twin in ends}
 
-    def _find_only_trained(self):
-        """Nodes that inference neither runs nor has the like of."""
-        if not isinstance(self.source.training, tuple):
-            return set()
-        heads, twins = self.graph.heads.inputs, self.twins
-        runs = set(ancestors(heads[:len(heads) - self.source.training.heads]))
-        return {node for node in self.nodes if node not in runs and twins.get(node, self.graph.heads).op != node.op}
+    def _find_inferred(self):
+        """The nodes that run in inference."""
+        heads, training = self.graph.heads.inputs, self.source.training
+        return set(ancestors(heads[:len(heads) - (training.heads if isinstance(training, tuple) else 0)]))
 
     def _matches(self, pattern, node):
         return any(matches(pattern, name) for name in self.names[node])
@@ -134,7 +132,7 @@ class Plan:
             return 'first or last layer, first_last_bits=None'
         if node.op in LAYER_OPS and node.inputs[1].node in self.moving:
             return 'its weight is computed from data'
-        if node in self.only_trained:
+        if node not in self.inferred and self.twins.get(node, self.graph.heads).op != node.op:
             return 'it runs in training only'
         if node in self.deciding:
             return 'it decodes predictions: no layer depends on it'
@@ -164,6 +162,13 @@ class Plan:
             if entry.node not in self.moving:
                 self.decisions.append(Decision(self.paths[node], node.op, self.label(entry.node), None,
                                                'a Parameter, or computed from Parameters only'))
+            elif entry.node not in self.inferred and entry.node not in self.twins:     # nothing would calibrate it
+                if node.op in LAYER_OPS and entry.node.op == VARIABLE:
+                    raise ValueError(f'node {node.name!r} ({node.op}) reads {entry.node.name!r} in training, which '
+                                     f'inputs={self.source.inputs} does not have: call the same tensor the same in '
+                                     'inputs and in training_inputs')
+                self.decisions.append(Decision(self.paths[node], node.op, self.label(entry.node), None,
+                                               'nothing like it exists in inference'))
             elif config.activation.method == 'none':
                 self.decisions.append(Decision(self.paths[node], node.op, self.label(entry.node), None,
                                                f"{why}; method 'none'"))

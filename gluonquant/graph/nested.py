@@ -27,5 +27,15 @@ def _replace(net, old, new):
         # Not by setattr: Gluon lets nobody change the type of a child.
         for place in (block._children, block.__dict__):
             for name, value in place.items():
-                if value is old:
-                    place[name] = new
+                place[name] = _with(value, old, new)
+
+
+def _with(value, old, new):
+    """``value`` with ``new`` in the place of ``old``: if it is that, or a list, tuple or dict of blocks with it."""
+    if type(value) is tuple:
+        return tuple(new if item is old else item for item in value) if any(item is old for item in value) else value
+    if type(value) in (list, dict):         # others may refer to it
+        for key, item in list(value.items() if type(value) is dict else enumerate(value)):
+            if item is old:
+                value[key] = new
+    return new if value is old else value

@@ -45,6 +45,8 @@ class Training(NamedTuple):
     heads: int
 
 
+ONLY_INFERS = 'this one holds what it does in inference. Train the net that it was made of, and make it anew'
+
 # What a hybridized block keeps of its graph.
 _CACHE = ('_cached_graph', '_cached_op', '_cached_op_args', '_in_format', '_out_format')
 
@@ -73,7 +75,7 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
         What `explain` tells.
     training : Training or str, optional
         What it does in training, as detectors do: the graph has all that both need, and hybridized, the net keeps a
-        graph of each. A str says why nobody knows. None: the same as in inference.
+        graph of each. A str says why it cannot train, and what to do. None: the same as in inference.
     known : dict, {path: Quantizer}, optional
         Quantizers to share with another net, where new ones are made by default.
 
@@ -104,7 +106,8 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
         for node in graph.nodes():
             if node.op == QUANTIZE or 'quantizer' in node.attrs:
                 self._add_quantizer(node, known or {})
-                self._note_tensor(node)
+                if node.attrs['quantizer'] not in (known or {}):
+                    self._note_tensor(node)
         for node in graph.nodes():
             if node.op == BIAS:
                 self._add_bias_quantizer(node)
@@ -248,6 +251,8 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
     def export(self, *args, **kwargs):
         """As `HybridBlock.export`: what the net does in inference."""
         self._enter(False)
+        if self._kept.get('_cached_graph') and not self._cached_graph:
+            raise RuntimeError('the net has run in training only: run one batch in inference, which is exported')
         return super().export(*args, **kwargs)
 
     def _enter(self, training):
@@ -263,8 +268,7 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
     def hybrid_forward(self, F, x, /, *args, **params):
         trains = self.training is not None and autograd.is_training()
         if trains and isinstance(self.training, str):
-            raise RuntimeError('the net does something else in training than in inference, and nobody knows what '
-                               f'({self.training}). Name what it takes: gq.attach(net, training_inputs=(...))')
+            raise RuntimeError(f'the net does something else in training than in inference: {self.training}')
         inputs, form = self.training[:2] if trains else (self.inputs, self.form)
         if len(args) + 1 != len(inputs):
             raise ValueError(f'the net takes {len(inputs)} inputs ({", ".join(inputs)}), not {len(args) + 1}')
@@ -292,7 +296,7 @@ class GraphNet(Reworked, FusedGraph, HybridBlock):
 
     def inference(self):
         """What the net does in inference only, with the same Parameters and quantizers; itself if it does no more."""
-        return self if self.training is None else self.returning(self.heads(), self.form, 'it was taken for inference')
+        return self if self.training is None else self.returning(self.heads(), self.form, ONLY_INFERS)
 
     def returning(self, heads, form=None, training=None):
         """A net of what the entries ``heads`` need, which returns these, with the same Parameters and quantizers."""

@@ -15,21 +15,24 @@ class Part:
     Attributes
     ----------
     path : str, where it stands
-    layers : dict, {path in the net: node} of its layers
-    names : list of str, what patterns may call its nodes
+    layers : dict, {path in the net: list of nodes} of its layers, which may be used several times
+    names : list of str, what patterns may call its layers
     """
 
     def __init__(self, path, block):
         self.path = path
         self._found = source.read(block)
         named = {node: called(self._found, node, path) for node in self._found.graph.nodes() if node.op != VARIABLE}
-        self.layers = {names[-1]: node for node, names in named.items() if node.op in LAYER_OPS}
-        self.names = [name for names in named.values() for name in names]
+        self.layers = {}
+        for node, names in named.items():
+            if node.op in LAYER_OPS:
+                self.layers.setdefault(names[-1], []).append(node)
+        self.names = [name for node, names in named.items() if node.op in LAYER_OPS for name in names]
 
     def quantized(self, base, ends, first_last_bits, exclude, rules):
         """Its `GraphNet`, or None if all of it stays float. ``ends``: paths of the net's first and last layers."""
         plan = Plan(self._found, base, first_last_bits, exclude=exclude, rules=rules, above=self.path,
-                    ends={node for path, node in self.layers.items() if path in ends})
+                    ends={node for path, nodes in self.layers.items() if path in ends for node in nodes})
         try:
             plan.decide()
             return build(self._found, plan) if plan.wishes or plan.weights else None

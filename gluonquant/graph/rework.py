@@ -12,6 +12,7 @@ from .fold import merge
 from .names import bound_variable, layer_path, short_name
 from .parameters import make_parameters
 
+_NORMS = ('BatchNorm', '_contrib_SyncBatchNorm', '_contrib_BatchNormWithReLU')
 
 class Decision(NamedTuple):
     """Why one input of a node is quantized, or not. ``quantizer`` is its path in the net; None: float."""
@@ -67,7 +68,7 @@ class Reworked:
         """See `gluonquant.freeze_batchnorm`."""
         with self.rewriting() as graph:
             for node in graph.nodes():
-                if node.op == 'BatchNorm':
+                if node.op in _NORMS:
                     node.attrs['use_global_stats'] = str(bool(frozen))
                 elif node.op == FOLDED:
                     _freeze_folded(node, frozen)
@@ -97,12 +98,16 @@ class Reworked:
                     quantizer.renew()
         return self._told(told)
 
-    def merge_batchnorm(self):
-        """Merge each BatchNorm into new Parameters; returns what became of each, {node: sentence}."""
+    def check_values(self):
+        """RuntimeError if a Parameter has no value."""
         for parameter in self._reg_params.values():
             if parameter._data is None:
                 raise RuntimeError(f'Parameter {parameter.name!r} has no value yet: run one batch through the net, or '
                                    'load its Parameters')
+
+    def merge_batchnorm(self):
+        """Merge each BatchNorm into new Parameters; returns what became of each, {node: sentence}."""
+        self.check_values()
         mx.nd.waitall()     # a static graph does not tell that it writes running statistics
         with self.rewriting() as graph:
             arrays, told = merge(graph, {name: self.parameter(name)._reduce() for name in self.paths})

@@ -15,7 +15,7 @@ from ..symbol_graph import FOLDED, TWIN, VARIABLE, Graph, integers
 from ..trace import LAYER_OPS, renew_variables
 from .converted import fold_again, marked, place_quantizers
 from .names import layer_path, scope_of, short_name
-from .net import GraphNet, Training
+from .net import ONLY_INFERS, GraphNet, Training
 from .parameters import make_parameters
 
 # What Gluon's layers start with, by place; None: what the net is initialized with.
@@ -74,15 +74,16 @@ def read(net, params=None, inputs='data', training_inputs=None):
         See `Graph.read`; a Parameter that the file does not have, or has in another shape.
     """
     inputs = _names(inputs)
+    if isinstance(net, Block) and not isinstance(net, (GraphNet, SymbolBlock)):
+        _check_float(net)
+        return _traced(net, inputs, _names(training_inputs, inputs))
+    if training_inputs is not None:
+        raise ValueError(f'training_inputs={training_inputs!r}: a {type(net).__name__} has no other graph for training '
+                         'than the one in it')
     if isinstance(net, GraphNet):
         return _again(net)
     if isinstance(net, SymbolBlock):
         return _from_symbol_block(net)
-    if isinstance(net, Block):
-        _check_float(net)
-        return _traced(net, inputs, _names(training_inputs, inputs))
-    if training_inputs is not None:
-        raise ValueError(f'training_inputs={training_inputs!r}: a {type(net).__name__} does the same in training')
     if isinstance(net, (str, os.PathLike)):
         try:
             with open(net, encoding='utf8') as file:
@@ -108,6 +109,8 @@ def as_graph(net, params=None, inputs='data'):
     if isinstance(net, Block) and not isinstance(net, GraphNet) and quantizers(net):
         with marked(net) as marks:
             found = _traced(net, _names(inputs))
+            if _include_training(found.graph.copy(), net, found.inputs, found.inputs) is not None:
+                found.training = ONLY_INFERS
         known = place_quantizers(found.graph, marks)
         fold_again(found.graph, net)
         made = found.net(known=known)
@@ -215,7 +218,8 @@ def _include_training(graph, net, inputs, training_inputs):
         if training_inputs != inputs:
             raise ValueError(f'{type(net).__name__} cannot be traced in training with the inputs '
                              f'{", ".join(training_inputs)} ({type(error).__name__}: {error})') from error
-        return f'{type(error).__name__}: {error}'
+        return (f'it cannot be traced with {", ".join(inputs)} there ({type(error).__name__}: {error}). Name what it '
+                'takes: gq.attach(net, training_inputs=(...))')
     before = len(graph.nodes()), len(graph.heads.inputs)
     graph.include(other)
     if training_inputs == inputs and len(graph.nodes()) == before[0] and \

@@ -77,6 +77,10 @@ class QuantizerParameter(gluon.Parameter):
         self._initialize()
         return super().list_ctx()
 
+    def reset_ctx(self, ctx):
+        self._initialize()
+        super().reset_ctx(ctx)
+
     def _reduce(self):
         # Saving reads the value without using it. A graph hybridized with static_alloc does not tell MXNet which of
         # its inputs it writes, so reading them would not wait for it.

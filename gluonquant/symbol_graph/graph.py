@@ -161,7 +161,8 @@ class Graph:
                 added[mine[node]] = None
         self.connect(self.heads, [*self.heads.inputs, *(Entry(mine[entry.node], *entry[1:])
                                                         for entry in other.heads.inputs)])
-        _pair(before, added)
+        shared = set(mine.values())
+        _pair([node for node in before if node not in shared], added)
 
     def part(self, heads):
         """A copy of what the entries ``heads`` need; it returns these."""

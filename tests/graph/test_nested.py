@@ -101,6 +101,36 @@ def test_a_failed_call_changes_nothing():
     assert_equal(outputs(net), expected)
 
 
+def test_gradients_are_not_quantized_in_a_graph():
+    with pytest.raises(ValueError, match=r"gradient_bits=4: 'features' is a SymbolBlock.*exclude=\['features.\*'\]"):
+        converted(gradient_bits=4)
+    assert converted(gradient_bits=4, exclude='features.*')
+
+
+def test_a_pattern_has_to_name_a_layer_of_the_graph():
+    with pytest.raises(ValueError, match='norm'):
+        converted(exclude='*norm*')
+
+
+def test_a_layer_that_is_used_twice_is_a_first_or_last_one_at_every_use():
+    first, weight, bias, x = (mx.sym.var(name) for name in ('first_weight', 'weight', 'bias', 'data'))
+    x = mx.sym.relu(mx.sym.Convolution(x, first, num_filter=4, kernel=(3, 3), no_bias=True))
+    heads = [mx.sym.Convolution(part, weight, bias, num_filter=4, kernel=(1, 1)) for part in (x, mx.sym.tanh(x))]
+    net = nn.HybridSequential()
+    net.add(gluon.SymbolBlock(mx.sym.Group(heads), mx.sym.var('data')))
+    net.initialize()
+    gq.convert(net, 4)
+    assert {quantizer.grid.bits for quantizer in quantizers(net).values()} == {8}
+
+
+@pytest.mark.parametrize('holder', [lambda block: [block], lambda block: (1, block), lambda block: {'first': block}])
+def test_who_holds_the_block_in_a_list_gets_the_graph(holder):
+    net = made()
+    net.held = holder(net.features)
+    gq.convert(net, 2)
+    assert net.features in (net.held.values() if isinstance(net.held, dict) else net.held)
+
+
 def test_a_net_of_nothing_but_a_graph_is_for_attach():
     with pytest.raises(ValueError, match='use gq.attach'):
         gq.convert(made().features)
@@ -204,6 +234,48 @@ def test_a_net_that_has_never_run(way, method):
     assert net(pictures()).shape == (4, 4, 6, 6)
 
 
+def test_a_table_that_fits_two_graphs_is_refused():
+    net = nn.HybridSequential()
+    for name in 'ab':
+        body = mx.sym.Convolution(mx.sym.var('data'), num_filter=4, kernel=(1, 1), name=name)
+        net.add(gluon.SymbolBlock(body, mx.sym.var('data')))
+    net.add(nn.Conv2D(4, 1))
+    net.initialize()
+    gq.convert(net, method='int8')
+    with pytest.raises(ValueError, match=r"'data', a tensor in 2 graphs: name one of \['0.data.*', '1.data.*'\]"):
+        gq.calibrate(net, [pictures()], table={'data': 7.0})
+
+
+def test_loaded_to_where_the_net_is(tmp_path):
+    gq.save(ready(), tmp_path / 'net.npz')
+    net, contexts = made(), [mx.cpu(0), mx.cpu(1)]
+    net.collect_params().reset_ctx(contexts)
+    gq.load(tmp_path / 'net.npz', net)
+    assert {tuple(parameter.list_ctx()) for parameter in net.collect_params().values()} == {tuple(contexts)}
+
+
+def test_moved_before_it_is_calibrated():
+    net = converted()
+    net.collect_params().reset_ctx([mx.cpu(0), mx.cpu(1)])
+    gq.calibrate(net, [pictures()])
+    assert_equal(outputs(net), outputs(ready()))
+
+
+def test_statistics_of_graphs_are_shared_by_contexts():
+    contexts = [mx.cpu(0), mx.cpu(1)]
+    for net in (made(), ready()):
+        net.collect_params().reset_ctx(contexts)
+        sync = gq.StateSync(mx.kv.create('device'))
+        sync.store(net)
+        for number, context in enumerate(contexts):
+            with autograd.record():
+                net(pictures(number).as_in_context(context))
+        sync(net)
+        for name, parameter in net._collect_params_with_prefix().items():
+            first, second = (array.asnumpy() for array in parameter.list_data())
+            np.testing.assert_array_equal(first, second, name)
+
+
 @pytest.mark.parametrize('fold', [None, 'frozen'])
 def test_save_and_load(tmp_path, fold):
     net = converted()
@@ -265,3 +337,58 @@ def test_a_merged_net_gives_what_the_folded_one_gave():
     gq.calibrate(net, [pictures()])
     folded = outputs(net)[1]
     np.testing.assert_allclose(outputs(gq.fold(net, 'merge'))[1], folded, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('make', [gq.graph.as_graph, gq.finalize])
+def test_a_graph_that_was_made_of_a_detector_infers_and_leaves_the_detector_as_it_was(make):
+    net = ready(method='int8')
+    for _ in range(2):
+        made_of = make(net)
+    with pytest.raises(RuntimeError, match='holds what it does in inference'):
+        training_outputs(made_of)
+    gq.calibrate(net, [pictures()])
+    before = gq.ranges(net)
+    with autograd.record():
+        net(50 * pictures())
+    path = next(iter(before))
+    assert gq.ranges(net)[path] != before[path]
+
+
+def test_a_failed_merge_changes_nothing():
+    net = converted()
+    net.features._reg_params['first_weight']._data = None
+    before = repr(net)
+    with pytest.raises(RuntimeError, match='first_weight.* has no value yet'):
+        gq.fold(net, 'merge')
+    assert repr(net) == before
+
+
+def test_the_summary_of_float_graphs():
+    assert gq.summary(made()).float_bytes == gq.summary(converted(exclude='features.*')).float_bytes == \
+        gq.summary(converted()).float_bytes
+
+
+def test_batchnorm_of_a_float_graph_cannot_be_frozen(caplog):
+    gq.freeze_batchnorm(converted(exclude='features.*'))
+    assert 'features is a SymbolBlock: its BatchNorm is not frozen' in caplog.text
+    caplog.clear()
+    gq.freeze_batchnorm(converted())
+    assert not caplog.text
+
+
+@pytest.mark.parametrize('op', ['SyncBatchNorm', 'BatchNormWithReLU'])
+def test_every_batchnorm_of_a_graph_freezes(op):
+    body = mx.sym.Convolution(mx.sym.var('data'), num_filter=4, kernel=(1, 1), name='c')
+    body = getattr(mx.sym.contrib, op)(body, name='n', **({'key': 'n', 'ndev': 1} if op == 'SyncBatchNorm' else {}))
+    net = nn.HybridSequential()
+    net.add(gluon.SymbolBlock(body, mx.sym.var('data')), nn.Conv2D(2, 1))
+    net.initialize(mx.init.One())
+    gq.convert(net, method='int8')
+    gq.calibrate(net, [pictures()])
+    gq.freeze_batchnorm(net)
+    statistics = {name: parameter.data().asnumpy() for name, parameter in net[0].collect_params('.*moving').items()}
+    with autograd.record():
+        net(pictures())
+    assert len(statistics) == 2
+    for name, parameter in net[0].collect_params('.*moving').items():
+        np.testing.assert_array_equal(parameter.data().asnumpy(), statistics[name])

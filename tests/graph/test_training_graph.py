@@ -206,11 +206,71 @@ def test_deployed_is_what_it_does_in_inference():
     final = gq.finalize(net)
     assert len(final.graph.heads.inputs) == 2 and final.inputs == ['data']
     np.testing.assert_allclose(outputs(final)[1], outputs(net)[1], rtol=0.05, atol=0.05)
-    with pytest.raises(RuntimeError, match='it was taken for inference'):
+    with pytest.raises(RuntimeError, match='holds what it does in inference'):
         training_outputs(final)
 
 
+class Differs(nn.HybridBlock):
+    """One head on two maps of different size; in training the picture, or the second map, is another tensor."""
+
+    def __init__(self, which, **kwargs):
+        super().__init__(**kwargs)
+        self.which = which
+        with self.name_scope():
+            self.body = nn.Conv2D(6, 3, activation='relu')
+            self.head = nn.Conv2D(2, 1)
+
+    def hybrid_forward(self, F, x):
+        train = autograd.is_training()
+        x = self.body(x * 1 if train and self.which == 'data' else x)
+        y = F.tanh(x) * 50
+        return self.head(x), self.head(y * 1 if train and self.which == 'map' else y)
+
+
+@pytest.mark.parametrize('which', ['data', 'map'])
+def test_what_exists_in_training_only_has_the_range_of_what_stands_there_in_inference_or_none(which):
+    net = Differs(which)
+    net.initialize()
+    net = attached(net, method='int8', bits=8)
+    expected = training_outputs(gq.set_mode(net, 'off'))
+    found = training_outputs(gq.freeze(gq.set_mode(net, 'quantize')))
+    for mine, theirs in zip(found, expected):
+        assert abs(mine - theirs).max() < 0.1 * abs(theirs).max()
+
+
+def test_one_weight_counts_once():
+    net = Differs('none')
+    net.initialize()
+    net(pictures())
+    assert gq.summary(gq.attach(net)).float_bytes == gq.summary(gq.convert(net)).float_bytes
+
+
+def test_a_graph_that_was_taken_of_it_leaves_it_as_it_was():
+    net = attached(bits=8, method='int8')
+    gq.finalize(net)
+    gq.calibrate(net, [pictures()])
+    before = gq.ranges(net)
+    with autograd.record():
+        net(50 * pictures())
+    assert gq.ranges(net)['data.output_quantizer'] != before['data.output_quantizer']
+
+
+def test_exported_after_training_only(tmp_path):
+    net = attached()
+    net.hybridize()
+    training_outputs(net)
+    with pytest.raises(RuntimeError, match='has run in training only'):
+        net.export(str(tmp_path / 'net'))
+
+
 # ---------------------------------------------------------------- what it refuses
+
+
+def test_a_tensor_that_is_called_otherwise_in_training():
+    with pytest.raises(ValueError, match="reads 'image' in training.*call the same tensor the same"):
+        gq.attach(made(), training_inputs='image')
+    with pytest.raises(ValueError, match='training_inputs=.*a GraphNet has no other graph'):
+        gq.attach(gq.graph.as_graph(made()), training_inputs='image')
 
 
 def test_targets_that_nobody_has_named():
@@ -223,7 +283,7 @@ def test_targets_that_nobody_has_named():
 def test_targets_that_the_net_does_not_take():
     with pytest.raises(ValueError, match='cannot be traced in training with the inputs data, target, more'):
         gq.attach(made(WithTargets()), training_inputs=('data', 'target', 'more'))
-    with pytest.raises(ValueError, match='training_inputs=.*a Symbol does the same'):
+    with pytest.raises(ValueError, match='training_inputs=.*a Symbol has no other graph'):
         gq.attach(mx.sym.relu(mx.sym.var('data')), training_inputs='data')
 
 

@@ -144,6 +144,12 @@ def test_no_boxes_are_six_columns(boxes):
     assert checked_boxes(boxes, 48, 48, 3, 'it').shape == (0, 6)
 
 
+@pytest.mark.parametrize('columns', [5, 6])
+def test_rows_of_minus_one_are_padding(columns):
+    assert checked_boxes([[-1] * columns], 48, 48, 3, 'it').shape == (0, 6)
+    assert checked_boxes([[-1] * 5, [1, 2, 3, 4, 1]], 48, 48, 3, 'it').tolist() == [[1, 2, 3, 4, 1, 0]]
+
+
 def test_boxes_without_a_sixth_column_are_not_difficult():
     assert checked_boxes([[1, 2, 3, 4, 1]], 48, 48, 3, 'it').tolist() == [[1, 2, 3, 4, 1, 0]]
 
