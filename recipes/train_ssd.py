@@ -44,7 +44,7 @@ SMALL = {'resnet18_v1b': (('layers2_relu3_fwd', 'layers3_relu3_fwd', 'layers4_re
 STEPS = (8, 16, 32, 64, 128)
 SIZES = (0.2, 0.36, 0.6, 0.7, 0.85, 1.0)       # of anchors, as parts of the picture's side
 SHOWN = 4           # pictures in detections.png
-SHOWN_SCORE = 0.5
+SHOWN_SCORE = 0.3
 
 
 def small_ssd(network, size, classes, pretrained_base=False):
