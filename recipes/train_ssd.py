@@ -44,7 +44,7 @@ SMALL = {'resnet18_v1b': (('layers2_relu3_fwd', 'layers3_relu3_fwd', 'layers4_re
 STEPS = (8, 16, 32, 64, 128)
 SIZES = (0.2, 0.36, 0.6, 0.7, 0.85, 1.0)       # of anchors, as parts of the picture's side
 SHOWN = 4           # pictures in detections.png
-SHOWN_SCORE = 0.3
+SHOWN_SCORE = 0.3   # and the lowest score of a detection in it
 
 
 def small_ssd(network, size, classes, pretrained_base=False):
@@ -299,7 +299,7 @@ def draw_detections(path, pictures, classes, size, shown):
         boxes = detection_data.checked_boxes(boxes, width, height, len(classes), f'picture {i}', logging.debug)
         for place, stage in zip(axes[i], ('float', 'quantized')):
             place.imshow(picture.asnumpy(), extent=(0, width, height, 0))
-            place.set(xticks=[], yticks=[], title=stage if i == 0 else '')
+            place.set(xticks=[], yticks=[], title=f'{stage}, scores from {SHOWN_SCORE}' if i == 0 else '')
             for box in boxes:
                 frame(place, box, color='white', linestyle='--', linewidth=0.8)
             for *box, label, score in shown[stage][i]:
