@@ -165,10 +165,12 @@ def draw(results):
     axes.set_xlim(-0.5, len(rows) - 0.5)
     axes.set_yscale('symlog', linthresh=1)
     axes.set_yticks([-0.5, 0, 0.5, 1, 2, 5, 10, 20, 50], ['-0.5', '0', '0.5', '1', '2', '5', '10', '20', '50'])
+    gaps = [results.gap(*cell) for cell in results.cells]
+    axes.set_ylim(min(-0.1, 1.2 * min(gaps)), max(0.5, 1.3 * max(gaps)))
     axes.axhline(0, color='black', linewidth=0.8)
     axes.grid(axis='y', alpha=0.3)
     axes.set(ylabel='points below float', title=f"{results.sweep['title']}, float {100 * results.float_accuracy:.2f} %")
-    axes.legend(ncol=2, fontsize=8)
+    figure.legend(loc='outside lower center', ncol=5, fontsize=8)
     figure.savefig(results.folder / PICTURE, dpi=110, metadata={'Source': fingerprint(results)})
     plt.close(figure)
 
