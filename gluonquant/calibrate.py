@@ -3,7 +3,6 @@ import json
 import logging
 import math
 import os
-from collections import Counter
 from contextlib import contextmanager
 from itertools import islice
 
@@ -102,14 +101,13 @@ def _from_table(table, net, inputs):
              **{path[:-len(_OUTPUT)]: quantizer for path, quantizer in inputs.items() if path.endswith(_OUTPUT)},
              **{name: quantizer for quantizer in inputs.values() for name in quantizer.tensors}}
     fixed = {}
-    owners = Counter(name for quantizer in inputs.values() for name in set(quantizer.tensors) - inputs.keys())
     for name, value in table.items():
         if name not in known:
             raise ValueError(f'table names {name!r}, which is no quantized layer or tensor.{nearest(name, known)}')
         quantizer = known[name]
-        if owners[name] > 1:
-            several = [path for path, one in inputs.items() if name in one.tensors]
-            raise ValueError(f'table names {name!r}, a tensor in {owners[name]} graphs: name one of {several}')
+        several = [path for path, one in inputs.items() if name in one.tensors]
+        if several[1:] and name not in inputs:
+            raise ValueError(f'table names {name!r}, a tensor in {len(several)} graphs: name one of {several}')
         if quantizer.grid is None:
             raise ValueError(f'table names {name!r}, whose input is not quantized')
         seen = observers.create('minmax')

@@ -190,10 +190,10 @@ def _note_shapes(graph, parameters):
     These are the shapes of loaded arrays, which Gluon does not note, and what operators tell of the others: quantizers
     of weights need to know how many axes there are.
     """
-    told, _ = _known(graph)
-    for name, parameter in parameters.items():
-        if not parameter.shape:
-            parameter.shape = parameter.list_data()[0].shape if parameter._data is not None else told.get(name)
+    left_open = {name: parameter for name, parameter in parameters.items() if not parameter.shape}
+    told = _known(graph)[0] if left_open else {}
+    for name, parameter in left_open.items():
+        parameter.shape = parameter.list_data()[0].shape if parameter._data is not None else told.get(name)
 
 
 def _graph_of(net, inputs):
