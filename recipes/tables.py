@@ -145,7 +145,9 @@ def folders():
 
 def fingerprint(results):
     """A hash of what the picture shows; it is written into the picture."""
-    shown = {sweep.name(*cell): results.gap(*cell) for cell in sorted(results.cells)}
+    titles = [part['title'] for parts in (results.rows, results.sweep['columns']) for part in parts.values()]
+    gaps = {sweep.name(*cell): results.gap(*cell) for cell in sorted(results.cells)}
+    shown = [results.sweep['title'], results.float_accuracy, titles, gaps]
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 

@@ -76,6 +76,9 @@ def test_the_page_says_what_the_runs_say(tmp_path, monkeypatch):
     assert '| W4 | [50.00]' in tables.rows_of('calibrated', tables.Results(folder), 'README.md')
     write(folder, w2_a=0.76)
     assert tables.disagreements() == ['README.md', 'results/README.md', 'results/small/gaps.png']
+    tables.main()
+    (folder / 'sweep.json').write_text(json.dumps({**FILE, 'title': 'Renamed'}))
+    assert tables.disagreements() == ['results/small/gaps.png']
 
 
 def test_seeds_have_a_mean_and_a_spread_and_may_stand_in_another_folder(tmp_path):
