@@ -5,8 +5,9 @@
 
 The sweep file has options for all cells, for columns (methods), rows (bits, epochs) and single cells; later ones win,
 {cell} stands for the cell's name, and false takes an option back. Cell ROW_COLUMN starts from the weights of the
-cell of the row's "start" in the same column: fewer bits start from more. Rows with "from" show cells of another sweep;
-"hidden" ones are stages on the way, which no table shows. "recipe" is the script, by default image_classification.py,
+cell of the row's "start" in the same column, if there is one: fewer bits start from more. A row that not all columns
+have lists its "columns". Rows with "from" show cells of another sweep; "hidden" ones are stages on the way, which no
+table shows. "recipe" is the script, by default image_classification.py,
 and "inputs" what its commands need besides, as pages show it. Options that this one does not know go to every run.
 """
 import argparse
@@ -38,13 +39,16 @@ def read(path):
         start = options.get('start')
         if start is not None and start not in list(sweep['rows'])[:list(sweep['rows']).index(row)]:
             raise ValueError(f'{path}: row {row} starts from {start}, which is no row before it')
+        unknown = [column for column in options.get('columns', ()) if column not in sweep['columns']]
+        if unknown:
+            raise ValueError(f'{path}: row {row} lists {unknown[0]}, which is no column')
     return sweep
 
 
 def cells(sweep):
     """[(row, column)] in the order in which they run."""
-    return [(row, column) for column, options in sweep['columns'].items()
-            for row in sweep['rows'] if row not in options.get('skip', ()) and 'from' not in sweep['rows'][row]]
+    return [(row, column) for column in sweep['columns'] for row, options in sweep['rows'].items()
+            if column in options.get('columns', sweep['columns']) and 'from' not in options]
 
 
 def name(row, column):
@@ -57,13 +61,11 @@ def command(sweep, row, column, save_dir, more):
     merged = {**sweep['options'], **sweep['columns'][column], **sweep['rows'][row],
               **sweep.get('cells', {}).get(name(row, column), {})}
     start = merged.get('start')
-    if start in sweep['columns'][column].get('skip', ()):
-        start = None
     words = []
     for option, value in merged.items():
         if option.startswith('--') and value is not False:
             words += [option] if value is True else [option, str(value).replace('{cell}', name(row, column))]
-    if start:
+    if (start, column) in cells(sweep):
         words += ['--start-from', os.path.join(save_dir, name(start, column))]
     return [*words, '--save-dir', os.path.join(save_dir, name(row, column)), *more]
 

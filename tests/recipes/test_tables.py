@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[2]
 SWEEPS = sorted(ROOT.glob('results/*/sweep.json'))
 FILE = {'title': 'Small', 'options': {'--float-params': 'f', '--batch-size': 8},
         'rows': {'w4': {'title': 'W4', '--bits': 4, 'published': {'a': 0.5, 'b': 0.1}},
-                 'w2': {'title': 'W2', '--bits': 2, 'start': 'w4'}},
+                 'w2': {'title': 'W2', '--bits': 2, 'start': 'w4', 'columns': ['a']}},
         'columns': {'a': {'title': 'A', '--method': 'lsq'},
-                    'b': {'title': 'B', '--graph': True, 'skip': ['w2'], '--batch-size': False}},
+                    'b': {'title': 'B', '--graph': True, '--batch-size': False}},
         'cells': {'w4_b': {'--start-from': 'other/{cell}'}}}
 
 
@@ -43,6 +43,12 @@ def test_a_row_that_starts_from_a_later_one_is_refused(tmp_path):
     wrong = {**FILE, 'rows': dict(reversed(FILE['rows'].items()))}
     (tmp_path / 'sweep.json').write_text(json.dumps(wrong))
     with pytest.raises(ValueError, match='row w2 starts from w4'):
+        sweep.read(tmp_path / 'sweep.json')
+
+
+def test_a_row_that_lists_an_unknown_column_is_refused(tmp_path):
+    (tmp_path / 'sweep.json').write_text(json.dumps({**FILE, 'columns': {'b': FILE['columns']['b']}}))
+    with pytest.raises(ValueError, match='row w2 lists a, which is no column'):
         sweep.read(tmp_path / 'sweep.json')
 
 
