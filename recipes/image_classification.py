@@ -31,7 +31,7 @@ import gluonquant as gq
 import report
 from loop import Loss, evaluate, hybridize, mix, seed_everything, train_stage
 from options import FREE_OPTIONS, contexts, parse_args
-from quantization import quantize
+from quantization import quantize, widths
 from workers import Workers
 
 
@@ -177,14 +177,15 @@ def finish(net, args, state):
     summary = gq.summary(net)
     sizes = {'float': summary.float_bytes, 'quantized': summary.quantized_bytes}
     data = os.path.basename(os.path.abspath(args.data_dir)) if args.data_dir else args.dataset
-    title = f'{args.model}, {args.bits} bits, {data}'
+    title = f'{args.model}, {widths(args)}, {data}'
     report.write_json(os.path.join(args.save_dir, 'results.json'), {
         'command': shlex.join(['python', *sys.argv]), 'versions': report.versions(),
         'threads': state['threads'], 'workers': state['workers'], 'seed': args.seed,
         'wall_seconds': round(state['seconds'], 1),
         'epochs': args.num_epochs + state.get('epochs_before', 0), 'accuracy': state['accuracy'], 'bytes': sizes,
         'options': state['options'], 'history': state['history']})
-    report.plot(os.path.join(args.save_dir, 'curves.png'), state['history'], state['accuracy'], title)
+    report.plot(os.path.join(args.save_dir, 'curves.png'), state['history'], state['accuracy'], title,
+                {'loss': 'training'}, {'accuracy': 'training', 'val_accuracy': 'validation'})
     print(report.table(title, state['accuracy'], sizes))
     print(f"{state['seconds']:.0f} s; results.json, curves.png and quantized.params are in {args.save_dir}")
 

@@ -23,6 +23,12 @@ def add_options(parser, bits):
     return add
 
 
+def widths(args):
+    """'W3A4': bits of weights and of activations."""
+    weight, activation = (args.bits if own is None else own for own in (args.weight_bits, args.activation_bits))
+    return f'W{weight}A{activation}'
+
+
 def quantize(net, batches, args):
     """Return `net` quantized and calibrated: changed in place, or as a graph that shares its parameters."""
     net.hybridize(False)            # a traced graph cannot be converted

@@ -77,24 +77,37 @@ def write_json(path, results):
     os.replace(path + '.partial', path)
 
 
-def plot(path, history, accuracy, title):
-    """Two panels over the epochs of both stages: training loss; top-1 of training and validation images."""
+def plot(path, history, found, title, losses, scores, measure='top-1'):
+    """Two panels over the epochs of both stages: training losses; `measure` in percent.
+
+    Parameters
+    ----------
+    history : list of dict, a row for each epoch; a score may be None in some of them.
+    found : dict of stage -> `measure` in 0..1: 'float' and, where it was measured, 'calibrated only'.
+    losses, scores : dict of what a row calls it -> label of its line.
+    """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    epochs = range(1, len(history) + 1)
-    for axes, name, label in ((left, 'loss', None), (right, 'accuracy', 'training'),
-                              (right, 'val_accuracy', 'validation')):
-        factor = 1 if name == 'loss' else 100
-        axes.plot(epochs, [factor * row[name] for row in history], marker='.', label=label)
-    if 'calibrated only' in accuracy:
+    for axes, lines, factor in ((left, losses, 1), (right, scores, 100)):
+        for name, label in lines.items():
+            points = [(i, factor * row[name]) for i, row in enumerate(history, 1) if row[name] is not None]
+            axes.plot(*zip(*points or [((), ())]), marker='.', label=label)
+    if 'calibrated only' in found:
         start = sum(row['stage'] == 'float' for row in history) + 0.5
         for axes in (left, right):
             axes.axvline(start, color='gray', linestyle=':')
-        right.plot([start], [100 * accuracy['calibrated only']], 'rx', label='calibrated only')
-    right.axhline(100 * accuracy['float'], color='gray', linewidth=0.8, label='float network')
-    left.set(xlabel='epoch', ylabel='training loss', title='float, then quantized')
-    if history:
-        left.set_yscale('log')
-    right.set(xlabel='epoch', ylabel='top-1, %', title=title)
+        right.plot([start], [100 * found['calibrated only']], 'rx', label='calibrated only')
+    right.axhline(100 * found['float'], color='gray', linewidth=0.8, label='float network')
+    stages = dict.fromkeys(row['stage'] for row in history)
+    left.set(xlabel='epoch', ylabel='training loss', title=', then '.join(stages))
+    right.set(xlabel='epoch', ylabel=f'{measure}, %', title=title)
+    for name in losses:
+        values = [row[name] for row in history if row[name] > 0]
+        if values and max(values) > 4 * min(values):
+            left.set_yscale('log')
+    if len(losses) > 1:
+        left.legend()
     right.legend()
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -32,7 +32,7 @@ import gluonquant as gq
 import report
 from loop import STAGES, hybridize, make_schedule, seed_everything
 from options import option
-from quantization import quantize
+from quantization import quantize, widths
 from ssd_options import FREE_OPTIONS, contexts, parse_args
 from workers import Workers
 
@@ -312,40 +312,21 @@ def draw_detections(path, pictures, classes, size, shown):
     plt.close(figure)
 
 
-def draw_curves(path, history, precisions, title):
-    """Two panels over the epochs of both stages: losses; mAP of validation pictures."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    for name, label in (('cross_entropy', 'cross-entropy'), ('smooth_l1', 'smooth L1')):
-        left.plot(range(1, len(history) + 1), [row[name] for row in history], marker='.', label=label)
-    points = [(i, 100 * row['mean_ap']) for i, row in enumerate(history, 1) if row['mean_ap'] is not None]
-    right.plot(*zip(*points or [((), ())]), marker='.', label='validation')
-    start = sum(row['stage'] == 'float' for row in history) + 0.5
-    for axes in (left, right):
-        axes.axvline(start, color='gray', linestyle=':')
-    right.plot([start], [100 * precisions['calibrated only']['mAP']], 'rx', label='calibrated only')
-    right.axhline(100 * precisions['float']['mAP'], color='gray', linewidth=0.8, label='float network')
-    left.set(xlabel='epoch', ylabel='training loss', title='float, then quantized')
-    right.set(xlabel='epoch', ylabel='mAP, %', title=title)
-    for axes in (left, right):
-        axes.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def finish(net, args, state, data):
     """Print the table; write results.json, curves.png and detections.png."""
     summary = gq.summary(net)
     sizes = {'float': summary.float_bytes, 'quantized': summary.quantized_bytes}
-    title = f'ssd_{args.data_shape}_{args.network}_{args.dataset}, {args.bits} bits'
+    title = f'ssd_{args.data_shape}_{args.network}_{args.dataset}, {widths(args)}'
     report.write_json(os.path.join(args.save_dir, 'results.json'), {
         'command': shlex.join(['python', *sys.argv]), 'versions': report.versions(), 'threads': state['threads'],
         'seed': args.seed, 'wall_seconds': round(state['seconds'], 1), 'epochs': args.num_epochs,
         'float_epochs': args.epochs, 'mean_ap': state['precisions'], 'bytes': sizes, 'options': state['options'],
         'history': state['history']})
-    draw_curves(os.path.join(args.save_dir, 'curves.png'), state['history'], state['precisions'], title)
+    found = {stage: precisions['mAP'] for stage, precisions in state['precisions'].items()}
+    report.plot(os.path.join(args.save_dir, 'curves.png'), state['history'], found, title,
+                {'cross_entropy': 'cross-entropy', 'smooth_l1': 'smooth L1'}, {'mean_ap': 'validation'}, 'mAP')
     draw_detections(os.path.join(args.save_dir, 'detections.png'), data.val, data.classes, args.data_shape,
                     state['shown'])
-    found = {stage: precisions['mAP'] for stage, precisions in state['precisions'].items()}
     print(report.table(title, found, sizes, 'mAP'))
     print(f"{state['seconds']:.0f} s; results.json, curves.png, detections.png and quantized.params are in "
           f'{args.save_dir}')

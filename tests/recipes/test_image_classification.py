@@ -16,8 +16,10 @@ from mxnet import nd
 
 import data
 import image_classification
+import report
 import torch_nets
 from options import contexts, parse_args
+from quantization import widths
 from tiny import write_folder
 from workers import Workers
 
@@ -76,11 +78,31 @@ def test_the_run_leaves_a_table_results_and_a_picture(straight):
     assert set(found['accuracy']) == {'float', 'calibrated only', 'fine-tuned'}
     for stage, top1 in found['accuracy'].items():
         assert f'{stage:18}{top1:8.4f}' in text
+    assert '\ncifar_resnet20_v1, W4A4, ' in text
     assert 7 < found['bytes']['float'] / found['bytes']['quantized'] < 8.1      # 4 bits, 8 at both ends
     assert found['versions']['mxnet'] == '1.9.1' and found['seed'] == 0
     with open(out / 'curves.png', 'rb') as picture:
         assert picture.read(4) == b'\x89PNG'
     assert all(np.isfinite(value.asnumpy()).all() for value in nd.load(str(out / 'float.params')).values())
+
+
+def test_a_title_has_the_bits_of_weights_and_of_activations():
+    assert widths(parse_args([])) == 'W4A4'
+    assert widths(parse_args(['--bits', '8', '--weight-bits', '3'])) == 'W3A8'
+    assert widths(parse_args(['--bits', '8', '--activation-bits', '2'])) == 'W8A2'
+
+
+def test_a_picture_shows_the_stages_there_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(report.plt, 'close', lambda figure: None)
+    history = [{'stage': 'quantized', 'loss': loss, 'score': score} for loss, score in ((4.0, None), (0.5, 0.75))]
+    report.plot(tmp_path / 'curves.png', history, {'float': 0.8, 'calibrated only': 0.1}, 'title', {'loss': 'all'},
+                {'score': 'validation'}, 'mAP')
+    left, right = report.plt.gcf().axes
+    assert left.get_title() == 'quantized' and left.get_yscale() == 'log' and right.get_ylabel() == 'mAP, %'
+    line = next(line for line in right.lines if line.get_label() == 'validation')
+    assert line.get_xydata().tolist() == [[2, 75]]
+    monkeypatch.undo()
+    report.plt.close('all')
 
 
 def test_tensorboard_gets_curves_ranges_and_clipped_shares_once_for_each_epoch(straight, tmp_path):
