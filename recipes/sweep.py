@@ -7,8 +7,8 @@ The sweep file has options for all cells, for columns (methods), rows (bits, epo
 {cell} stands for the cell's name, and false takes an option back. Cell ROW_COLUMN starts from the weights of the
 cell of the row's "start" in the same column, if there is one: fewer bits start from more. A row that not all columns
 have lists its "columns". Rows with "from" show cells of another sweep; "hidden" ones are stages on the way, which no
-table shows. "recipe" is the script, by default image_classification.py,
-and "inputs" what its commands need besides, as pages show it. Options that this one does not know go to every run.
+table shows. "recipe" is the script, by default image_classification.py, and "inputs" what its commands need besides, as
+pages show it. Options that this one does not know go to every run.
 """
 import argparse
 import json

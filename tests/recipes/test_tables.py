@@ -37,6 +37,8 @@ def test_a_sweep_runs_every_cell_and_starts_fewer_bits_from_more():
         '--save-dir', 'out/w2_a', '--seed', '1']
     assert sweep.command(FILE, 'w4', 'b', 'out', []) == [
         '--float-params', 'f', '--graph', '--bits', '4', '--start-from', 'other/w4_b', '--save-dir', 'out/w4_b']
+    first = {**FILE, 'rows': {'w4': {**FILE['rows']['w4'], 'columns': ['b']}, 'w2': FILE['rows']['w2']}}
+    assert '--start-from' not in sweep.command(first, 'w2', 'a', 'out', [])     # its column has no row to start from
 
 
 def test_a_row_that_starts_from_a_later_one_is_refused(tmp_path):
